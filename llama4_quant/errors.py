@@ -1,0 +1,33 @@
+"""Every error that a user can cause or meet, as one small family.
+
+A message says what went wrong, where, what was expected and found, and what to do next. The command line prints it
+without a traceback and exits with status 1.
+"""
+
+
+class Llama4QuantError(ValueError):
+    """Base of all errors raised on purpose by llama4-quant."""
+
+
+class CheckpointError(Llama4QuantError):
+    """The source checkpoint is missing, damaged, or does not hold what its config.json promises."""
+
+
+class ConfigError(Llama4QuantError):
+    """config.json (or another JSON file of the source) cannot be used."""
+
+
+class SchemeError(Llama4QuantError):
+    """The requested quantization is unknown or does not fit the model."""
+
+
+class QuantizationError(Llama4QuantError):
+    """A weight cannot be quantized: for instance because it holds NaN or Inf."""
+
+
+class OutputError(Llama4QuantError):
+    """The output cannot be written: it exists already, or the disk is full."""
+
+
+class UsageError(Llama4QuantError):
+    """Arguments that contradict each other or name something that does not exist."""
