@@ -4,6 +4,7 @@ A `WeightScheme` says everything that decides the stored bytes of one weight. A 
 name (`W4A16`, `FP8_DYNAMIC`, `FP8_BLOCK`). Names and terms are those of compressed-tensors.
 """
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -93,6 +94,10 @@ class WeightScheme:
         )
 
 
+SchemeLookup = Callable[[str], WeightScheme | None]
+"""From a linear weight's name (`LinearSpec.name`) to how it is stored; None is unquantized."""
+
+
 class SchemeName(StrEnum):
     """Schemes that can be asked for by name."""
 
@@ -103,10 +108,18 @@ class SchemeName(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """A named scheme with its settings; every quantized weight of a checkpoint uses `weights`."""
+    """A named scheme with its settings: everything that a user chooses about quantization. Made by `preset`.
+
+    Attributes:
+        weights: how every quantized weight is stored.
+        quantize: roles that are quantized besides routed experts, shared expert and dense MLP.
+        ignore: weights to leave in BF16: names, or `re:` patterns matched from the start of the name.
+    """
 
     name: SchemeName
     weights: WeightScheme
+    quantize: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -114,24 +127,36 @@ class Scheme:
         return f"{self.name} ({self.weights.label}, {self.weights.observer})"
 
 
-def preset(name: str, *, group_size: int | None = None, observer: str = "mse") -> Scheme:
+def preset(
+    name: str | Scheme,
+    *,
+    group_size: int | None = None,
+    observer: str = "mse",
+    quantize: Collection[str] = (),
+    ignore: Sequence[str] = (),
+) -> Scheme:
     """Look up a scheme by name.
 
     Args:
-        name: `W4A16`, `FP8_DYNAMIC` or `FP8_BLOCK`; case, `-` and `_` do not matter.
+        name: `W4A16`, `FP8_DYNAMIC` or `FP8_BLOCK`; case, `-` and `_` do not matter. A Scheme is given back as it is.
         group_size: for W4A16: 32, 64, 128 (default), or -1 for one scale per output channel.
         observer: `absmax` or `mse`.
+        quantize: roles to add: `attention`, `lm-head`, `vision`, `projector`.
+        ignore: weights to leave in BF16, by name or `re:` pattern.
 
     Raises:
         SchemeError: unknown name, observer or group size; lists the known ones.
     """
+    if isinstance(name, Scheme):
+        return name
     by_spelling = {_spelling(known): known for known in SchemeName}
     if _spelling(name) not in by_spelling:
         raise SchemeError(f"unknown scheme {name!r}; known schemes: {', '.join(SchemeName)}")
     known = by_spelling[_spelling(name)]
     if observer not in set(Observer):
         raise SchemeError(f"unknown observer {observer!r}; known observers: {', '.join(Observer)}")
-    return Scheme(name=known, weights=_weights(known, group_size, Observer(observer)))
+    weights = _weights(known, group_size, Observer(observer))
+    return Scheme(name=known, weights=weights, quantize=tuple(quantize), ignore=tuple(ignore))
 
 
 def _spelling(name: str) -> str:
