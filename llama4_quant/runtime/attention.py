@@ -1,0 +1,224 @@
+"""Grouped-query attention of the decoder: who sees whom, and the layer.
+
+Two kinds of layers alternate. RoPE layers are *chunked*: a token sees, causally, only its own chunk of
+`attention_chunk_size` positions. NoPE layers see everything before them, and their queries are scaled with position
+(temperature tuning). Rows of a batch are padded on the left, so a row's positions and chunk borders count from its
+first real token.
+
+Who sees whom depends on the kind of layer only, so it is worked out once per step as a list of `Segment`s: a range of
+queries, the range of keys that they can see at all, and a mask where that range alone does not say it. Without padding
+a chunked prefill becomes one causal square per chunk and needs no mask.
+
+A *column* is an index along the padded sequence, cached columns included; a position is a column minus the row's
+padding. Shape letters: B batch, D head dimension, G key-value heads, H query heads, S keys, T queries.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llama4_quant.config import TextConfig
+from llama4_quant.runtime.cache import LayerCache, first_visible_column
+from llama4_quant.runtime.linear import Builder
+from llama4_quant.runtime.rope import Rotation
+
+
+class Attention(StrEnum):
+    """How softmax(Q K^T) V is computed."""
+
+    SDPA = "sdpa"
+    """torch's fused `scaled_dot_product_attention`."""
+    EAGER = "eager"
+    """Matrix products and a softmax in fp32, for reading and for checking."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Queries in columns [start, stop) and the keys they see, in columns [key_start, stop).
+
+    Attributes:
+        is_causal: queries and keys are the same columns and each query sees the keys up to its own.
+        visible: bool [B or 1, 1, queries, keys], or None: every key is visible, or `is_causal` says which.
+    """
+
+    start: int
+    stop: int
+    key_start: int
+    is_causal: bool = False
+    visible: Tensor | None = None
+
+
+def plan_segments(
+    padding: Sequence[int], past: int, new: int, chunk_size: int | None, device: torch.device
+) -> tuple[Segment, ...]:
+    """Who sees whom when columns [past, past + new) are computed.
+
+    Args:
+        padding: columns of padding on the left of each row.
+        past: columns computed before.
+        new: columns to compute now.
+        chunk_size: positions per chunk, or None for full causal attention.
+        device: where masks are needed.
+    """
+    if any(padding):
+        # Not after `past`: queries that are padding see themselves.
+        key_start = min(past, *(first_visible_column(pad, past, chunk_size) for pad in padding))
+        return (_masked(padding, past, past + new, key_start, chunk_size, device),)
+    borders = [past, past + new]
+    if chunk_size is not None:
+        first_border = (past // chunk_size + 1) * chunk_size
+        borders = [past, *range(first_border, past + new, chunk_size), past + new]
+    return tuple(_unpadded(start, stop, chunk_size, device) for start, stop in pairwise(borders))
+
+
+def _unpadded(start: int, stop: int, chunk_size: int | None, device: torch.device) -> Segment:
+    """One chunk's part of the new columns, or all of them."""
+    key_start = first_visible_column(0, start, chunk_size)
+    if stop - start == 1:
+        return Segment(start=start, stop=stop, key_start=key_start)
+    if start == key_start:
+        return Segment(start=start, stop=stop, key_start=key_start, is_causal=True)
+    return _masked((0,), start, stop, key_start, chunk_size, device)
+
+
+def _masked(
+    padding: Sequence[int], start: int, stop: int, key_start: int, chunk_size: int | None, device: torch.device
+) -> Segment:
+    queries = torch.arange(start, stop, device=device).view(1, -1, 1)
+    keys = torch.arange(key_start, stop, device=device).view(1, 1, -1)
+    pad = torch.tensor(padding, device=device).view(-1, 1, 1)
+    visible = (keys <= queries) & (keys >= pad)
+    if chunk_size is not None:
+        visible &= (keys - pad) // chunk_size == (queries - pad) // chunk_size
+    # A query that is padding has nothing to see; let it see itself, for a softmax over nothing is NaN. No real query
+    # sees a padding key, so its result goes nowhere.
+    visible |= keys == queries
+    return Segment(start=start, stop=stop, key_start=key_start, visible=visible.unsqueeze(1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What the layers of one forward pass share.
+
+    Attributes:
+        past: columns computed before.
+        rotation: of the new tokens' positions, for RoPE layers.
+        temperature: query scale for NoPE layers, fp32 [B, T, 1, 1]; None if the model has none.
+        chunked: segments of RoPE layers.
+        full: segments of NoPE layers.
+    """
+
+    past: int
+    rotation: Rotation
+    temperature: Tensor | None
+    chunked: tuple[Segment, ...]
+    full: tuple[Segment, ...]
+
+
+def query_temperature(positions_BT: Tensor, floor_scale: int, attn_scale: float) -> Tensor:
+    """`1 + attn_scale * log(1 + floor((position + 1) / floor_scale))`, fp32 [B, T, 1, 1] (arXiv 2501.19399)."""
+    steps = torch.floor((positions_BT.float() + 1.0) / floor_scale)
+    return (torch.log1p(steps) * attn_scale + 1.0)[..., None, None]
+
+
+def attend(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, segments: Sequence[Segment], key_column: int, kind: Attention
+) -> Tensor:
+    """Attention segment by segment.
+
+    Args:
+        q_BHTD: queries of the columns that the segments cover.
+        k_BGSD: keys, from column `key_column` on.
+        v_BGSD: values of the same columns.
+        segments: from `plan_segments`.
+        key_column: column of the first key.
+        kind: how to compute.
+
+    Returns:
+        [B, H, T, D].
+    """
+    first = segments[0].start
+    outputs = []
+    for segment in segments:
+        q = q_BHTD[:, :, segment.start - first : segment.stop - first]
+        assert segment.key_start >= key_column, "the cache has forgotten keys that are still visible"
+        keys = slice(segment.key_start - key_column, segment.stop - key_column)
+        k, v = k_BGSD[:, :, keys], v_BGSD[:, :, keys]
+        compute = _sdpa if kind is Attention.SDPA else _eager
+        outputs.append(compute(q, k, v, segment))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> Tensor:
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=segment.visible, is_causal=segment.is_causal, enable_gqa=True
+    )
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> Tensor:
+    queries_per_key = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(queries_per_key, dim=1), v.repeat_interleave(queries_per_key, dim=1)
+    scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])
+    visible = segment.visible
+    if segment.is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(dim=-1).type_as(v) @ v
+
+
+class TextAttention(nn.Module):
+    """Attention of one decoder layer."""
+
+    def __init__(self, config: TextConfig, layer: int, builder: Builder, kind: Attention) -> None:
+        super().__init__()
+        self.uses_rope = config.rope_layers[layer]
+        self.normalizes = config.use_qk_norm and self.uses_rope
+        self.norm_eps = config.rms_norm_eps
+        self.head_dim = config.head_dim
+        self.kind = kind
+        hidden, bias = config.hidden_size, config.attention_bias
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = builder.linear("q_proj", queries, hidden, bias=bias)
+        self.k_proj = builder.linear("k_proj", keys, hidden, bias=bias)
+        self.v_proj = builder.linear("v_proj", keys, hidden, bias=bias)
+        self.o_proj = builder.linear("o_proj", hidden, queries, bias=bias)
+
+    def forward(self, x_BTH: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+        """[B, T, hidden] -> [B, T, hidden]; with a cache, stores the new keys and values in it."""
+        q_BTHD, k_BTGD, v_BTGD = (
+            projection(x_BTH).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BTHD, k_BTGD = self._place(q_BTHD, k_BTGD, step)
+        q, k, v = q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
+        key_column = step.past
+        if cache is not None:
+            k, v = cache.append(k, v, step.past)
+            key_column = cache.first
+        segments = step.chunked if self.uses_rope else step.full
+        y = attend(q, k, v, segments, key_column, self.kind).transpose(1, 2).flatten(2)
+        y_BTH: Tensor = self.o_proj(y)
+        return y_BTH
+
+    def _place(self, q_BTHD: Tensor, k_BTGD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Give queries and keys what depends on position: rotation then norm, or temperature."""
+        if self.uses_rope:
+            q_BTHD, k_BTGD = step.rotation.apply(q_BTHD), step.rotation.apply(k_BTGD)
+        if self.normalizes:
+            q_BTHD, k_BTGD = _rms_normalized(q_BTHD, self.norm_eps), _rms_normalized(k_BTGD, self.norm_eps)
+        if step.temperature is not None and not self.uses_rope:
+            q_BTHD = (q_BTHD * step.temperature).type_as(q_BTHD)
+        return q_BTHD, k_BTGD
+
+
+def _rms_normalized(x: Tensor, eps: float) -> Tensor:
+    """Each head divided by its root mean square, in fp32; no weight."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)).type_as(x)

@@ -1,0 +1,145 @@
+"""The mixture-of-experts layer: route, sort, multiply each expert's own rows, put back.
+
+`y = shared_expert(x) + sum over the k chosen experts e of expert_e(s_e * x)`, with `s_e = sigmoid(logit_e)`. The score
+multiplies the expert's *input*: SwiGLU is not homogeneous, so scoring the output would be another function. T tokens
+cost exactly T*k rows of expert work; an expert that nobody chose is not touched.
+
+The experts of a layer are stacked per projection, [E, N, K], in the same bytes as on disk.
+
+Shape letters: E experts, H hidden, I intermediate, K in, N out, R = T*k rows of expert work, T tokens, k experts per
+token.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llama4_quant import ops
+from llama4_quant.config import TextConfig
+from llama4_quant.errors import SchemeError
+from llama4_quant.runtime.linear import Builder, WeightStorage
+from llama4_quant.scheme import WeightType
+
+
+class DenseStack(WeightStorage):
+    """`weight` [E, N, K] in the compute dtype."""
+
+    weight: nn.Parameter
+
+    def forward(self, x_RK: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """Rows sorted by expert -> [R, N]."""
+        return ops.grouped_dense(x_RK, rows_per_expert, self.weight)
+
+
+class Int4Stack(WeightStorage):
+    """`weight_packed` int32 [E, N, ceil(K/8)] and `weight_scale` bf16 [E, N, G]."""
+
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def forward(self, x_RK: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """Rows sorted by expert -> [R, N]."""
+        return ops.grouped_int4(x_RK, rows_per_expert, self.weight_packed, self.weight_scale)
+
+
+class Fp8Stack(WeightStorage):
+    """`weight` e4m3 [E, N, K] and `weight_scale` fp32 [E, N, 1] or [E, ceil(N/128), ceil(K/128)]."""
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def forward(self, x_RK: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """Rows sorted by expert -> [R, N]."""
+        return ops.grouped_fp8(x_RK, rows_per_expert, self.weight, self.weight_scale)
+
+
+def make_stack(
+    builder: Builder, projection: str, num_experts: int, out_features: int, in_features: int
+) -> WeightStorage:
+    """Uninitialized storage for one projection of all experts of a layer.
+
+    Raises:
+        SchemeError: the experts are not all stored the same way, or the scheme does not divide the inputs.
+    """
+    names = [builder.child(f"{expert}.{projection}").name for expert in range(num_experts)]
+    scheme = builder.scheme_of(names[0])
+    for name in names:
+        if builder.scheme_of(name) != scheme:
+            raise SchemeError(
+                f"{name} is stored as {builder.scheme_of(name)}, but {names[0]} as {scheme}; the experts of a layer "
+                "are stacked and must share one scheme: quantize all of them or none"
+            )
+    if scheme is None:
+        kind: type[WeightStorage] = DenseStack
+    else:
+        scheme.check_divides(names[0], in_features)
+        kind = Int4Stack if scheme.type is WeightType.INT4 else Fp8Stack
+    return kind(scheme, out_features, in_features, dtype=builder.dtype, device=builder.device, num_experts=num_experts)
+
+
+class MLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`; the dense layers' feed-forward, and the shared expert."""
+
+    def __init__(self, builder: Builder, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = builder.linear("gate_proj", intermediate_size, hidden_size)
+        self.up_proj = builder.linear("up_proj", intermediate_size, hidden_size)
+        self.down_proj = builder.linear("down_proj", hidden_size, intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        y: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class RoutedExperts(nn.Module):
+    """The same SwiGLU for every routed expert, on rows sorted by expert."""
+
+    def __init__(self, config: TextConfig, builder: Builder) -> None:
+        super().__init__()
+        experts, hidden, intermediate = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_proj = make_stack(builder, "gate_proj", experts, intermediate, hidden)
+        self.up_proj = make_stack(builder, "up_proj", experts, intermediate, hidden)
+        self.down_proj = make_stack(builder, "down_proj", experts, hidden, intermediate)
+
+    def forward(self, x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """[R, H] sorted by expert, [E] -> [R, H] in the same order."""
+        inner_RI = functional.silu(self.gate_proj(x_RH, rows_per_expert)) * self.up_proj(x_RH, rows_per_expert)
+        y_RH: Tensor = self.down_proj(inner_RI, rows_per_expert)
+        return y_RH
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, routed experts and the shared expert that every token takes."""
+
+    def __init__(self, config: TextConfig, builder: Builder) -> None:
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.experts_per_token = config.num_experts_per_tok
+        self.router = builder.linear("router", config.num_local_experts, config.hidden_size)
+        self.experts = RoutedExperts(config, builder.child("experts"))
+        self.shared_expert = MLP(builder.child("shared_expert"), config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        x_TH = x.flatten(0, -2)
+        y_TH: Tensor = self.shared_expert(x_TH) + self._routed(x_TH)
+        return y_TH.view(x.shape)
+
+    def _routed(self, x_TH: Tensor) -> Tensor:
+        experts_R, scores_R = self._route(x_TH)
+        order_R = experts_R.argsort(stable=True)
+        rows_per_expert = torch.bincount(experts_R, minlength=self.num_experts)
+        sorted_RH = x_TH[order_R // self.experts_per_token] * scores_R[order_R].unsqueeze(-1)
+        y_sorted_RH = self.experts(sorted_RH, rows_per_expert)
+        y_RH = torch.empty_like(y_sorted_RH)
+        y_RH[order_R] = y_sorted_RH
+        return y_RH.view(x_TH.shape[0], self.experts_per_token, -1).sum(dim=1)
+
+    def _route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert and score of each of a token's k rows: row t*k + i is token t's i-th choice."""
+        logits_TE: Tensor = self.router(x_TH)
+        top_Tk, experts_Tk = logits_TE.topk(self.experts_per_token, dim=-1)
+        # The sigmoid is taken in fp32, then rounded: a bf16 sigmoid would lose digits of the score.
+        scores_Tk = top_Tk.float().sigmoid().to(logits_TE.dtype)
+        return experts_Tk.flatten(), scores_Tk.flatten()

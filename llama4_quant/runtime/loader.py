@@ -1,0 +1,166 @@
+"""Loading: from a BF16 checkpoint, from a quantized one, or from a BF16 one that is quantized on the way in.
+
+Every tensor streams from its file straight into its place in the model. On the fly, each expert slice goes through
+the same quantizers as in offline conversion and its packed weights are bit-identical; a BF16 copy of the model never
+exists.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from llama4_quant.architecture import LinearSpec
+from llama4_quant.checkpoint.reader import CheckpointReader
+from llama4_quant.checkpoint.source import resolve
+from llama4_quant.config import Llama4Config
+from llama4_quant.errors import CheckpointError, UsageError
+from llama4_quant.plan import make_plan
+from llama4_quant.runtime.attention import Attention
+from llama4_quant.runtime.model import Llama4Model
+from llama4_quant.scheme import Scheme, WeightScheme, preset
+from llama4_quant.stored import StoredWeight, quantization_section, quantized_weights
+from llama4_quant.stream import CHUNK_BYTES, Piece, encode_piece, quantize_piece, read_pieces
+
+Progress = Callable[[str, int], None]
+"""Called with a weight's name and the source bytes that are done more than before."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load(
+    path_or_id: str | Path,
+    scheme: str | Scheme | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = torch.bfloat16,
+    *,
+    revision: str | None = None,
+    attention: str = "sdpa",
+    progress: Progress | None = None,
+) -> Llama4Model:
+    """Load a Llama 4 for inference.
+
+    Args:
+        path_or_id: a local directory, or a Hub id; BF16, or quantized in compressed-tensors layout.
+        scheme: quantize a BF16 checkpoint while loading: "W4A16", "FP8_DYNAMIC", "FP8_BLOCK", or a Scheme with
+            settings (see `preset`).
+        device: where the model goes.
+        dtype: compute dtype, and dtype of weights that are not quantized.
+        revision: branch, tag or commit of a Hub id.
+        attention: "sdpa" or "eager".
+        progress: called after each piece of work.
+
+    Raises:
+        Llama4QuantError: not a usable checkpoint, or settings that do not fit it.
+    """
+    target = _placement(device, dtype, attention)
+    with CheckpointReader.open(resolve(str(path_or_id), revision)) as reader:
+        config = Llama4Config.from_dict(reader.config)
+        if scheme is None and quantization_section(config) is not None:
+            return _load_quantized(config, reader, target, progress)
+        plan = make_plan(config, None if scheme is None else preset(scheme), reader.tensors)
+        model = target.model(config, {decision.name: decision.scheme for decision in plan.decisions})
+        filler = _Filler(model, progress)
+        for tensor in plan.tensors:
+            for piece in read_pieces(reader, tensor):
+                filler.put_piece(piece)
+        return model
+
+
+def load_size(path_or_id: str | Path, *, revision: str | None = None) -> int:
+    """Bytes of tensors that `load` will read, for a progress bar."""
+    with CheckpointReader.open(resolve(str(path_or_id), revision)) as reader:
+        return sum(entry.nbytes for entry in reader.tensors.values())
+
+
+class _Target:
+    """Where the model goes and how it computes."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, attention: Attention) -> None:
+        self._device, self._dtype, self._attention = device, dtype, attention
+
+    def model(self, config: Llama4Config, schemes: Mapping[str, WeightScheme | None]) -> Llama4Model:
+        """A model with uninitialized weights, whose linear weights are stored as `schemes` says by name."""
+        model = Llama4Model(config, scheme_of=schemes.__getitem__, dtype=self._dtype, attention=self._attention)
+        return model.materialize(self._device).eval()
+
+
+def _placement(device: str | torch.device, dtype: str | torch.dtype, attention: str) -> _Target:
+    """Check what a user chose, before a file is opened."""
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise UsageError(f"dtype {dtype} is not supported; use one of {', '.join(DTYPES)}")
+    if attention not in set(Attention):
+        raise UsageError(f"attention {attention!r} is unknown; use one of {', '.join(Attention)}")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!s} cannot be used here: {str(error).splitlines()[0]}") from error
+    assert chosen is not None
+    return _Target(place, chosen, Attention(attention))
+
+
+def _load_quantized(
+    config: Llama4Config, reader: CheckpointReader, target: _Target, progress: Progress | None
+) -> Llama4Model:
+    weights = quantized_weights(config, reader.tensors)
+    model = target.model(config, {weight.name: weight.scheme for weight in weights})
+    filler = _Filler(model, progress)
+    for weight in weights:
+        filler.put_stored(weight, reader)
+    return model
+
+
+class _Filler:
+    """Copies what was read into a model's buffers, and refuses what cannot be right."""
+
+    def __init__(self, model: Llama4Model, progress: Progress | None) -> None:
+        self._model = model
+        self._plain = model.plain_targets()
+        self._progress = progress
+
+    def put_piece(self, piece: Piece) -> None:
+        """Rows of a BF16 weight, quantized here if the plan says so."""
+        decision = piece.decision
+        rows = slice(piece.row_start, piece.row_start + len(piece.values))
+        if decision.scheme is None:
+            self._target(decision.name, decision.linear, "weight")[rows].copy_(piece.values)
+        else:
+            for part in encode_piece(piece, quantize_piece(piece)):
+                suffix = part.name.rpartition(".")[2]
+                if suffix != "weight_shape":
+                    target = self._target(decision.name, decision.linear, suffix)
+                    target[part.row_start : part.row_start + len(part.values)].copy_(part.values)
+        self._advance(decision.name, piece.num_bytes)
+
+    def put_stored(self, weight: StoredWeight, reader: CheckpointReader) -> None:
+        """All tensors of a weight of a quantized checkpoint, in chunks."""
+        for name in weight.tensors:
+            suffix = name.rpartition(".")[2]
+            if suffix == "weight_shape":
+                self._check_shape(weight, reader.read(name))
+                continue
+            target = self._target(weight.name, weight.linear, suffix)
+            for start, stop in _chunks(reader.tensors[name].shape, reader.tensors[name].nbytes):
+                target[start:stop].copy_(reader.read_rows(name, start, stop))
+            self._advance(weight.name, reader.tensors[name].nbytes)
+
+    def _target(self, name: str, linear: LinearSpec | None, suffix: str) -> torch.Tensor:
+        return self._plain[name] if linear is None else self._model.linear_target(linear)[suffix]
+
+    def _check_shape(self, weight: StoredWeight, stored: torch.Tensor) -> None:
+        if tuple(stored.tolist()) != weight.shape:
+            raise CheckpointError(
+                f"{weight.name}.weight_shape says {stored.tolist()}, but config.json asks for {list(weight.shape)}"
+            )
+
+    def _advance(self, name: str, num_bytes: int) -> None:
+        if self._progress is not None:
+            self._progress(name, num_bytes)
+
+
+def _chunks(shape: Sequence[int], nbytes: int) -> Iterable[tuple[int, int]]:
+    """Ranges of dimension 0 of at most CHUNK_BYTES."""
+    step = max(1, shape[0] * CHUNK_BYTES // max(nbytes, 1))
+    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))

@@ -1,0 +1,241 @@
+"""The whole model: text, and images if the checkpoint has a vision tower.
+
+How a loader fills it (nothing is ever held twice)::
+
+    model = Llama4Model(config, scheme_of=plan.scheme_of)   # on meta: shapes only
+    model.materialize(torch.device("cpu"))                  # uninitialized storage
+    for spec in linear_specs(config):                       # every linear weight, experts one by one
+        for suffix, target in model.linear_target(spec).items():
+            target.copy_(...)                               # "<spec.name>.<suffix>" of the checkpoint, as stored
+    for name, target in model.plain_targets().items():      # norms, embeddings, biases, by checkpoint name
+        target.copy_(...)
+
+`linear_target` gives `{"weight": [N, K]}` for an unquantized or `{"weight_packed": ..., "weight_scale": ...}` for an
+int4 weight; for a routed expert these are views into the layer's stack. The two together cover every stored tensor of
+the model once.
+
+Shape letters: B batch, H hidden, T new tokens, V vocabulary.
+"""
+
+from enum import StrEnum
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llama4_quant.architecture import LinearSpec, Llama4Config
+from llama4_quant.errors import UsageError
+from llama4_quant.runtime.attention import Attention
+from llama4_quant.runtime.cache import KVCache
+from llama4_quant.runtime.linear import Builder, SchemeLookup, WeightStorage
+from llama4_quant.runtime.text import TextModel
+from llama4_quant.runtime.vision import Projector, VisionModel
+
+
+class Logits(StrEnum):
+    """Of which positions `Llama4Model.forward` gives logits."""
+
+    ALL = "all"
+    LAST = "last"
+    """Of the last column only: what generation needs."""
+
+
+def _unquantized(_name: str) -> None:
+    return None
+
+
+class Llama4Model(nn.Module):
+    """A Llama 4 for inference.
+
+    Attributes:
+        config: what the model was built from.
+        dtype: compute dtype. Changing it later with `.to(dtype)` would also cast scales; build another model instead.
+    """
+
+    def __init__(
+        self,
+        config: Llama4Config,
+        *,
+        scheme_of: SchemeLookup = _unquantized,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "meta",
+        attention: Attention | str = Attention.SDPA,
+    ) -> None:
+        """Allocate uninitialized storage.
+
+        Args:
+            config: the model.
+            scheme_of: how each linear weight is stored, by `LinearSpec.name`; None for an unquantized one.
+            dtype: compute dtype and dtype of unquantized weights.
+            device: where to allocate; on meta, call `materialize` before filling.
+            attention: `sdpa` or `eager`.
+
+        Raises:
+            SchemeError: a scheme does not fit a weight, or experts of one layer differ in theirs.
+        """
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        builder = Builder(dtype=dtype, device=torch.device(device), scheme_of=scheme_of)
+        text_builder = builder.child(config.prefix.removesuffix(".")) if config.prefix else builder
+        text = config.text
+        self.model = TextModel(text, text_builder.child("model"), Attention(attention))
+        self.lm_head = (
+            None if text.tie_word_embeddings else text_builder.linear("lm_head", text.vocab_size, text.hidden_size)
+        )
+        if config.vision is not None:
+            self.vision_model = VisionModel(config.vision, builder.child("vision_model"))
+            projector = builder.child("multi_modal_projector")
+            self.multi_modal_projector = Projector(config.vision, text.hidden_size, projector)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.norm.weight.device
+
+    def materialize(self, device: torch.device | str) -> Self:
+        """Give meta parameters uninitialized storage on `device`, and move there what already has content."""
+        for module in self.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                placed = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.to(device)
+                module.register_parameter(name, nn.Parameter(placed, requires_grad=False))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module.register_buffer(name, buffer.to(device), persistent=False)
+        return self
+
+    def linear_target(self, spec: LinearSpec) -> dict[str, Tensor]:
+        """Where the stored tensors of a linear weight go.
+
+        Returns:
+            Final storage by the tensor's suffix in a checkpoint (`weight`, `weight_packed`, `weight_scale`), each
+            [N, ...]; write with `copy_`.
+        """
+        path = spec.name.removeprefix(self.config.prefix)
+        if spec.expert is not None:
+            experts, _, projection = path.rpartition(f".{spec.expert}.")
+            path = f"{experts}.{projection}"
+        module = self.get_submodule(path)
+        assert isinstance(module, WeightStorage), f"{path} holds no linear weight"
+        return module.stored(spec.expert)
+
+    def plain_targets(self) -> dict[str, Tensor]:
+        """Every parameter that is not a linear weight, by its name in a checkpoint; write with `copy_`."""
+        linear_tensors = {
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if isinstance(module, WeightStorage)
+            for name in module.stored_names
+        }
+        return {
+            self._checkpoint_name(path): parameter.detach()
+            for path, parameter in self.named_parameters()
+            if path not in linear_tensors
+        }
+
+    def _checkpoint_name(self, path: str) -> str:
+        is_text = path.startswith(("model.", "lm_head."))
+        return f"{self.config.prefix}{path}" if is_text else path
+
+    def new_cache(self, batch_size: int, capacity: int = 256) -> KVCache:
+        """An empty cache for `batch_size` sequences with room for `capacity` tokens; it grows when needed."""
+        return KVCache(self.config.text, batch_size, dtype=self.dtype, device=self.device, capacity=capacity)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits: Logits | str = Logits.ALL,
+    ) -> Tensor:
+        """Compute T new tokens of every sequence.
+
+        Args:
+            input_ids: [B, T] integers; image tokens stand where image features go.
+            pixel_values: [tiles, 3, image_size, image_size]: the tiles of this call's image tokens, in order.
+            attention_mask: [B, T], or [B, cached + T] of which the last T columns count; 0 is padding, on the left
+                only. None: no padding among the new tokens.
+            cache: tokens of earlier calls; the new ones are added. None: `input_ids` is the whole sequence.
+            logits: of all T positions, or of the last only.
+
+        Returns:
+            [B, T, V], or [B, 1, V] for `Logits.LAST`, in the model's dtype.
+
+        Raises:
+            UsageError: shapes do not fit, padding not on the left, or image tokens and tiles do not match.
+        """
+        padding = _padding(input_ids, attention_mask, cache)
+        x_BTH = self._embed(input_ids, pixel_values)
+        x_BTH = self.model(x_BTH, padding, cache)
+        if cache is not None:
+            cache.advance(input_ids.shape[1], padding)
+        if Logits(logits) is Logits.LAST:
+            x_BTH = x_BTH[:, -1:]
+        if self.lm_head is None:
+            return functional.linear(x_BTH, self.model.embed_tokens.weight)
+        logits_BTV: Tensor = self.lm_head(x_BTH)
+        return logits_BTV
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Features of image tiles, as the decoder takes them.
+
+        Args:
+            pixel_values: [tiles, 3, image_size, image_size], any floating dtype.
+
+        Returns:
+            [tiles * tokens per tile, H].
+
+        Raises:
+            UsageError: this model has no vision tower, or the tiles have another shape.
+        """
+        vision = self.config.vision
+        if vision is None:
+            raise UsageError("this is a text-only model: it takes no images")
+        expected = (vision.num_channels, vision.image_size, vision.image_size)
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
+            raise UsageError(
+                f"pixel_values have shape {list(pixel_values.shape)}, expected [tiles, {', '.join(map(str, expected))}]"
+            )
+        tiles = pixel_values.to(device=self.device, dtype=self.dtype)
+        features: Tensor = self.multi_modal_projector(self.vision_model(tiles).flatten(0, 1))
+        return features
+
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        x_BTH: Tensor = self.model.embed_tokens(input_ids)
+        if pixel_values is None:
+            return x_BTH
+        features = self.image_features(pixel_values)
+        assert self.config.image_token_index is not None
+        is_image_BT = torch.eq(input_ids, self.config.image_token_index)
+        num_places = int(is_image_BT.sum())
+        if num_places != features.shape[0]:
+            raise UsageError(
+                f"input_ids have {num_places} image tokens, but {pixel_values.shape[0]} tiles make {features.shape[0]} "
+                "features; pass the tiles of exactly these image tokens"
+            )
+        return x_BTH.masked_scatter(is_image_BT.unsqueeze(-1), features)
+
+
+def _padding(input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> tuple[int, ...]:
+    """Columns of padding on the left of each row, cached ones included."""
+    batch_size, num_new = input_ids.shape
+    past = (0,) * batch_size if cache is None else cache.padding
+    if len(past) != batch_size:
+        raise UsageError(f"input_ids have {batch_size} rows, but the cache was made for {len(past)}")
+    if attention_mask is None:
+        return past
+    cached = 0 if cache is None else cache.length
+    if attention_mask.shape not in {(batch_size, num_new), (batch_size, cached + num_new)}:
+        raise UsageError(
+            f"attention_mask has shape {list(attention_mask.shape)}, expected {[batch_size, num_new]}"
+            + (f" or {[batch_size, cached + num_new]}" if cached else "")
+        )
+    is_real = attention_mask[:, -num_new:].bool()
+    if bool((is_real[:, :-1] & ~is_real[:, 1:]).any()):
+        raise UsageError("attention_mask has padding after a token; pad on the left")
+    new = [int(count) for count in (~is_real).sum(dim=1).tolist()]
+    if any(count and pad < cached for count, pad in zip(new, past, strict=True)):
+        raise UsageError("attention_mask has padding after tokens that are in the cache; pad on the left")
+    return tuple(pad + count for pad, count in zip(past, new, strict=True))

@@ -1,0 +1,76 @@
+"""Which tensors a linear layer allocates, and that it computes with them."""
+
+import pytest
+import torch
+
+from llama4_quant import ops
+from llama4_quant.errors import SchemeError
+from llama4_quant.quantizers.packing import pack_int4
+from llama4_quant.quantizers.quantize import quantize_weight
+from llama4_quant.runtime.linear import Builder, DenseLinear, Fp8Linear, Int4Linear, make_linear
+from llama4_quant.scheme import Strategy, WeightScheme, WeightType
+
+INT4 = WeightScheme(type=WeightType.INT4, strategy=Strategy.GROUP, group_size=32)
+INT4_CHANNEL = WeightScheme(type=WeightType.INT4, strategy=Strategy.CHANNEL)
+FP8 = WeightScheme(type=WeightType.FP8, strategy=Strategy.CHANNEL)
+FP8_BLOCK = WeightScheme(type=WeightType.FP8, strategy=Strategy.BLOCK)
+META = torch.device("meta")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind", "expected"),
+    [
+        (None, DenseLinear, {"weight": ((130, 256), torch.bfloat16)}),
+        (INT4, Int4Linear, {"weight_packed": ((130, 32), torch.int32), "weight_scale": ((130, 8), torch.bfloat16)}),
+        (
+            INT4_CHANNEL,
+            Int4Linear,
+            {"weight_packed": ((130, 32), torch.int32), "weight_scale": ((130, 1), torch.bfloat16)},
+        ),
+        (FP8, Fp8Linear, {"weight": ((130, 256), torch.float8_e4m3fn), "weight_scale": ((130, 1), torch.float32)}),
+        (FP8_BLOCK, Fp8Linear, {"weight": ((130, 256), torch.float8_e4m3fn), "weight_scale": ((2, 2), torch.float32)}),
+    ],
+)
+def test_storage_is_as_on_disk(
+    scheme: WeightScheme | None, kind: type, expected: dict[str, tuple[tuple[int, int], torch.dtype]]
+) -> None:
+    linear = make_linear(scheme, 130, 256, bias=True, dtype=torch.bfloat16, device=META)
+    assert type(linear) is kind
+    assert {name: (tuple(t.shape), t.dtype) for name, t in linear.stored().items()} == expected
+    assert linear.bias is not None
+    assert linear.bias.shape == (130,)
+    assert linear.bias.dtype is torch.bfloat16
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in linear.parameters())
+
+
+def test_layers_compute_with_their_weights_and_bias() -> None:
+    weight, x = torch.randn(6, 64), torch.randn(2, 64)
+    bias = torch.randn(6)
+    int4, fp8 = quantize_weight(weight, INT4), quantize_weight(weight, FP8)
+    packed = pack_int4(int4.codes)
+    for scheme, tensors, expected in (
+        (None, {"weight": weight}, x @ weight.T + bias),
+        (INT4, {"weight_packed": packed, "weight_scale": int4.scale}, ops.linear_int4(x, packed, int4.scale, bias)),
+        (FP8, {"weight": fp8.codes, "weight_scale": fp8.scale}, ops.linear_fp8(x, fp8.codes, fp8.scale, bias)),
+    ):
+        linear = make_linear(scheme, 6, 64, bias=True, dtype=torch.float32, device=CPU)
+        for name, target in linear.stored().items():
+            target.copy_(tensors[name])
+        assert linear.bias is not None
+        linear.bias.copy_(bias)
+        torch.testing.assert_close(linear(x), expected)
+
+
+def test_builder_asks_by_full_name_and_checks_divisibility() -> None:
+    asked: list[str] = []
+
+    def scheme_of(name: str) -> WeightScheme:
+        asked.append(name)
+        return INT4
+
+    builder = Builder(dtype=torch.bfloat16, device=META, scheme_of=scheme_of).child("model").child("layers.3")
+    builder.linear("q_proj", 8, 64)
+    with pytest.raises(SchemeError, match=r"model\.layers\.3\.k_proj: in_features 48 is not divisible"):
+        builder.linear("k_proj", 8, 48)
+    assert asked == ["model.layers.3.q_proj", "model.layers.3.k_proj"]
