@@ -41,7 +41,7 @@ class Fields:
         return value
 
     def boolean(self, name: str, *, default: bool) -> bool:
-        """true or false, or a number in their place (hub files have `attn_temperature_tuning: 4`)."""
+        """True or false, or a number in their place (hub files have `attn_temperature_tuning: 4`)."""
         value = self._value(name, default)
         if not isinstance(value, (bool, int)):
             raise self._error(name, "true or false", value)

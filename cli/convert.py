@@ -1,0 +1,117 @@
+"""`llama4-quant convert`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama4_quant.cli.options import SCHEMES, json_option, scheme_from, scheme_options
+from llama4_quant.cli.progress import byte_progress
+from llama4_quant.cli.tables import console, count, size, table
+from llama4_quant.convert import convert, dry_run
+from llama4_quant.errors import UsageError
+from llama4_quant.report import REPORT_NAME, Report
+
+NUM_WORST = 5
+
+
+@click.command("convert")
+@click.argument("source", metavar="SRC")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help="Directory to make.")
+@scheme_options(scheme_help=f"{SCHEMES}.", default="W4A16")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file: 5GB, 512MiB, ...")
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is in OUT.")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="Show the decision about every weight, and write nothing.")
+@click.option("--config-only", is_flag=True, help="With --dry-run: SRC is a config.json; no weights are needed.")
+@click.option(
+    "--save-plan", type=click.Path(path_type=Path, dir_okay=False), help="With --dry-run: write the plan here as JSON."
+)
+@json_option
+def convert_command(
+    source: str,
+    output: Path | None,
+    max_shard_size: str,
+    revision: str | None,
+    overwrite: bool,
+    is_dry_run: bool,
+    config_only: bool,
+    save_plan: Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Convert the BF16 Llama 4 checkpoint SRC (a directory or a Hub id) to FP8 or int4.
+
+    The output is a compressed-tensors checkpoint that llama4-quant, transformers and vLLM load, with a
+    quantization_report.json beside it.
+
+    \b
+    llama4-quant convert meta-llama/Llama-4-Scout-17B-16E-Instruct -o scout-w4a16 --scheme W4A16
+    llama4-quant convert ./scout -o scout-fp8 --scheme FP8_DYNAMIC --quantize attention
+    llama4-quant convert --dry-run --config-only config.json --scheme W4A16 --group-size 64
+    """  # noqa: D301 - \b is click's mark for lines that must not be wrapped
+    scheme = scheme_from(settings)
+    if is_dry_run:
+        report = dry_run(source, scheme=scheme, revision=revision, config_only=config_only)
+        if save_plan is not None:
+            save_plan.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+        _show(report, as_json=as_json)
+        return
+    if config_only or save_plan is not None:
+        raise UsageError("--config-only and --save-plan go with --dry-run")
+    if output is None:
+        raise UsageError("convert needs -o OUT, the directory to make (or --dry-run)")
+    total = dry_run(source, scheme=scheme, revision=revision).totals.bytes_in
+    with byte_progress("converting", total) as advance:
+        report = convert(
+            source,
+            output,
+            scheme=scheme,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            revision=revision,
+            progress=advance,
+        )
+    _show(report, as_json=as_json)
+
+
+def _show(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+        return
+    out = console()
+    roles = table(
+        f"{report.architecture} to {report.scheme}", "role", "stored as", "why", "weights", "shape", "in", "out", left=3
+    )
+    for role in report.roles:
+        shape = "x".join(map(str, role.shapes[0])) + (f" (+{len(role.shapes) - 1})" if len(role.shapes) > 1 else "")
+        roles.add_row(
+            role.role, role.scheme, role.reason, count(role.count), shape, size(role.bytes_in), size(role.bytes_out)
+        )
+    out.print(roles)
+    totals = report.totals
+    out.print(
+        f"{totals.num_weights / 1e9:.4g} B parameters, {size(totals.bytes_in)} in, {size(totals.bytes_out)} out: "
+        f"{totals.bits_per_weight:.3f} bits per weight ({totals.quantized_bits_per_weight:.3f} over the "
+        f"{totals.quantized_fraction:.1%} that is quantized)"
+    )
+    for note in report.notes:
+        out.print(f"note: {note}")
+    if report.output is not None:
+        _show_result(report)
+
+
+def _show_result(report: Report) -> None:
+    out = console()
+    measured = [weight for weight in report.weights if weight.relative_error is not None]
+    worst = table("Largest errors", "weight", "stored as", "relative error", "SQNR dB", left=2)
+    for weight in sorted(measured, key=lambda w: -(w.relative_error or 0.0))[:NUM_WORST]:
+        sqnr = "exact" if weight.sqnr_db is None else f"{weight.sqnr_db:.2f}"
+        worst.add_row(weight.name, weight.scheme, f"{weight.relative_error:.4f}", sqnr)
+    out.print(worst)
+    assert report.output is not None
+    assert report.seconds is not None
+    out.print(
+        f"wrote {report.output} in {report.seconds:.1f} s; every weight is in {Path(report.output) / REPORT_NAME}"
+    )

@@ -1,0 +1,50 @@
+"""`llama4-quant inspect`."""
+
+import dataclasses
+import json
+
+import click
+
+from llama4_quant.cli.options import json_option
+from llama4_quant.cli.tables import console, count, size, table
+from llama4_quant.inspect import Inspection, inspect
+
+
+@click.command("inspect")
+@click.argument("source", metavar="SRC")
+@click.option("--weights", is_flag=True, help="List every tensor instead of a summary by role.")
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@json_option
+def inspect_command(source: str, weights: bool, revision: str | None, as_json: bool) -> None:
+    """Show what a checkpoint holds, BF16 or quantized: architecture, weights by role, bits per weight."""
+    found = inspect(source, revision=revision)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found)))
+        return
+    _show_weights(found) if weights else _show_summary(found)
+
+
+def _show_summary(found: Inspection) -> None:
+    out = console()
+    facts = table(found.source, "what", "value", left=2)
+    for name, value in found.facts:
+        facts.add_row(name, value)
+    out.print(facts)
+    roles = table("Weights by role", "role", "stored as", "weights", "parameters", "bytes", left=2)
+    for role in found.roles:
+        roles.add_row(role.role, role.stored_as, count(role.count), count(role.num_weights), size(role.num_bytes))
+    out.print(roles)
+    out.print(
+        f"{found.num_weights / 1e9:.4g} B parameters in {size(found.num_bytes)}, {found.num_files} files: "
+        f"{8 * found.num_bytes / found.num_weights:.3f} bits per weight"
+    )
+
+
+def _show_weights(found: Inspection) -> None:
+    out = console()
+    weights = table(found.source, "weight", "role", "stored as", "shape", "bytes", left=3)
+    for weight in found.weights:
+        weights.add_row(
+            weight.name, weight.role, weight.stored_as, "x".join(map(str, weight.shape)), size(weight.num_bytes)
+        )
+    out.print(weights)

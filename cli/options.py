@@ -1,0 +1,87 @@
+"""Options that several commands share, so that they are spelled and described once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from llama4_quant.errors import UsageError
+from llama4_quant.scheme import INT4_GROUP_SIZES, Observer, Scheme, SchemeName, preset
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+SCHEMES = ", ".join(SchemeName)
+GROUP_SIZES = ", ".join(str(size) for size in INT4_GROUP_SIZES)
+
+
+def scheme_options(*, scheme_help: str, default: str | None) -> Decorator:
+    """--scheme, --group-size, --observer, --quantize, --ignore: what becomes of the weights."""
+    options = [
+        click.option("--scheme", default=default, show_default=default is not None, help=scheme_help),
+        click.option(
+            "--group-size", type=int, help=f"For W4A16: {GROUP_SIZES} (-1: one scale per channel). [default: 128]"
+        ),
+        click.option(
+            "--observer",
+            default=Observer.MSE.value,
+            show_default=True,
+            help="How scales are chosen: mse (search for the least squared error) or absmax.",
+        ),
+        click.option(
+            "--quantize",
+            multiple=True,
+            metavar="ROLE",
+            help="Also quantize: attention, lm-head, vision, projector. Repeatable. Routed experts, shared expert and "
+            "dense MLP always are.",
+        ),
+        click.option(
+            "--ignore",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave a weight in BF16: a module name, or 're:' and a regular expression. Repeatable.",
+        ),
+    ]
+    return _chain(options)
+
+
+def scheme_from(settings: Mapping[str, Any]) -> Scheme:
+    """The Scheme that the options of `scheme_options` describe; --scheme must have been given."""
+    return preset(settings["scheme"], **{key: value for key, value in settings.items() if key != "scheme"})
+
+
+def optional_scheme(
+    scheme: str | None, group_size: int | None, observer: str, quantize: tuple[str, ...], ignore: tuple[str, ...]
+) -> Scheme | None:
+    """The Scheme for quantizing while loading, or None without --scheme.
+
+    Raises:
+        UsageError: other options say how to quantize, but --scheme is missing.
+    """
+    if scheme is not None:
+        return preset(scheme, group_size=group_size, observer=observer, quantize=quantize, ignore=ignore)
+    if group_size is not None or quantize or ignore:
+        raise UsageError("--group-size, --quantize and --ignore say how to quantize while loading; add --scheme")
+    return None
+
+
+def device_options() -> Decorator:
+    """--device and --dtype of the runtime."""
+    options = [
+        click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, ..."),
+        click.option("--dtype", default="bfloat16", show_default=True, help="Computation: bfloat16, float16, float32."),
+    ]
+    return _chain(options)
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of a table."
+)
+
+
+def _chain(options: Sequence[Decorator]) -> Decorator:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate

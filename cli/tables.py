@@ -1,0 +1,36 @@
+"""How numbers and tables look on the terminal."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+WIDTH_WITHOUT_TERMINAL = 150
+
+
+def console() -> Console:
+    """stdout; wide and plain when it is not a terminal, so that tables in logs and pipes are not cut."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH_WITHOUT_TERMINAL, color_system=None)
+
+
+def table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table whose first `left` columns are text, and the others numbers."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    return made
+
+
+def size(num_bytes: int) -> str:
+    """Decimal units, as checkpoints are advertised: 217 GB."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def count(number: int) -> str:
+    """12,345,678."""
+    return f"{number:,}"

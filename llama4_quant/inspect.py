@@ -1,0 +1,144 @@
+"""What is in a checkpoint, BF16 or quantized, as plain data: what `llama4-quant inspect` prints."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama4_quant.checkpoint.reader import CheckpointReader
+from llama4_quant.checkpoint.source import resolve
+from llama4_quant.config import Llama4Config, TextConfig, VisionConfig
+from llama4_quant.plan import make_plan
+from llama4_quant.stored import quantization_section, quantized_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectedWeight:
+    """One weight: a linear module (each expert on its own), or another tensor."""
+
+    name: str
+    role: str
+    stored_as: str
+    shape: tuple[int, ...]
+    num_weights: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoleCount:
+    """All weights of one role that are stored alike."""
+
+    role: str
+    stored_as: str
+    count: int
+    num_weights: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """A checkpoint's content; `facts` are (name, value) pairs about the architecture."""
+
+    source: str
+    facts: tuple[tuple[str, str], ...]
+    roles: tuple[RoleCount, ...]
+    weights: tuple[InspectedWeight, ...]
+    num_weights: int
+    num_bytes: int
+    num_files: int
+
+
+def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
+    """Read config.json and the headers of a checkpoint; no weights are read.
+
+    Args:
+        source: a local directory, or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        Llama4QuantError: not a Llama 4 checkpoint, or its tensors are not what config.json promises.
+    """
+    with CheckpointReader.open(resolve(str(source), revision)) as reader:
+        config = Llama4Config.from_dict(reader.config)
+        weights = tuple(_weights(config, reader))
+        return Inspection(
+            source=str(source),
+            facts=_facts(config),
+            roles=_count(weights),
+            weights=weights,
+            num_weights=sum(weight.num_weights for weight in weights),
+            num_bytes=sum(weight.num_bytes for weight in weights),
+            num_files=len({entry.path for entry in reader.tensors.values()}),
+        )
+
+
+def _weights(config: Llama4Config, reader: CheckpointReader) -> Iterable[InspectedWeight]:
+    if quantization_section(config) is None:
+        plan = make_plan(config, None, reader.tensors)
+        for tensor in plan.tensors:
+            for decision in tensor.decisions:
+                yield InspectedWeight(
+                    name=decision.name,
+                    role=decision.role,
+                    stored_as=tensor.dtype.lower(),
+                    shape=decision.shape,
+                    num_weights=decision.num_weights,
+                    num_bytes=decision.bytes_in,
+                )
+        return
+    for weight in quantized_weights(config, reader.tensors):
+        entries = [reader.tensors[name] for name in weight.tensors]
+        yield InspectedWeight(
+            name=weight.name,
+            role=weight.role,
+            stored_as=entries[0].dtype.lower() if weight.scheme is None else weight.scheme.label,
+            shape=weight.shape,
+            num_weights=weight.num_weights,
+            num_bytes=sum(entry.nbytes for entry in entries),
+        )
+
+
+def _count(weights: Iterable[InspectedWeight]) -> tuple[RoleCount, ...]:
+    groups: dict[tuple[str, str], list[InspectedWeight]] = {}
+    for weight in weights:
+        groups.setdefault((weight.role, weight.stored_as), []).append(weight)
+    return tuple(
+        RoleCount(
+            role=role,
+            stored_as=stored_as,
+            count=len(members),
+            num_weights=sum(weight.num_weights for weight in members),
+            num_bytes=sum(weight.num_bytes for weight in members),
+        )
+        for (role, stored_as), members in groups.items()
+    )
+
+
+def _facts(config: Llama4Config) -> tuple[tuple[str, str], ...]:
+    quantization = quantization_section(config) or {}
+    facts = [
+        ("architecture", config.architecture),
+        ("quantization", str(quantization.get("quant_method", "none"))),
+        *_text_facts(config.text),
+    ]
+    return (*facts, *(_vision_facts(config.vision) if config.vision else [("vision", "none")]))
+
+
+def _text_facts(text: TextConfig) -> list[tuple[str, str]]:
+    num_nope = text.rope_layers.count(False)
+    scaling = text.rope_scaling
+    return [
+        ("layers", f"{text.num_hidden_layers}: {len(text.moe_layers)} MoE, {num_nope} NoPE"),
+        ("experts", f"{text.num_local_experts}, top {text.num_experts_per_tok}, width {text.intermediate_size}"),
+        ("hidden size", f"{text.hidden_size}, dense MLP {text.intermediate_size_mlp}"),
+        ("attention", f"{text.num_attention_heads} heads, {text.num_key_value_heads} KV heads x {text.head_dim}"),
+        ("attention chunk", f"{text.attention_chunk_size} tokens on RoPE layers"),
+        ("RoPE", f"theta {text.rope_theta:g}" + (f", llama3 scaling x{scaling.factor:g}" if scaling else "")),
+        ("q/k norm", "yes" if text.use_qk_norm else "no"),
+        ("temperature tuning", f"every {text.floor_scale} tokens" if text.attn_temperature_tuning else "no"),
+        ("vocabulary", f"{text.vocab_size}"),
+    ]
+
+
+def _vision_facts(vision: VisionConfig) -> list[tuple[str, str]]:
+    tile = f"{vision.image_size}x{vision.image_size} pixels, {vision.tokens_per_tile} text positions"
+    return [("vision", f"{vision.num_hidden_layers} layers x {vision.hidden_size}; a tile is {tile}")]

@@ -1,0 +1,318 @@
+"""The plan of a conversion: one decision, with its reason, for every weight, before a byte is read.
+
+A plan follows from config.json, the source's headers and the scheme alone. It is data: `--dry-run` prints it, the
+report stores it, the converter and the loader carry it out.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from llama4_quant.architecture import LinearSpec, Llama4Config, Role, TensorSpec, linear_specs, tensor_specs
+from llama4_quant.checkpoint.layout import OutputTensor
+from llama4_quant.checkpoint.reader import TensorEntry
+from llama4_quant.errors import CheckpointError, SchemeError
+from llama4_quant.formats import compressed_tensors
+from llama4_quant.scheme import Scheme, Strategy, WeightScheme
+
+SOURCE_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
+"""Dtypes a source weight may have, with bytes per element."""
+
+DEFAULT_ROLES = (Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.DENSE_MLP)
+
+
+class QuantizableRole(StrEnum):
+    """Roles that `--quantize` can add to the default ones."""
+
+    ATTENTION = Role.ATTENTION.value
+    LM_HEAD = Role.LM_HEAD.value
+    VISION = Role.VISION.value
+    PROJECTOR = Role.PROJECTOR.value
+
+
+ALWAYS_KEPT = {
+    Role.EMBEDDING: "always BF16: a lookup, not a matrix product",
+    Role.NORM: "always BF16: a vector",
+    Role.BIAS: "always BF16: a vector",
+    Role.ROUTER: "always BF16: it picks the experts, and is tiny",
+    Role.PATCH_EMBEDDING: "always BF16: kernels need inputs divisible by 16",
+    Role.VISION_OTHER: "always BF16: norms, biases, positions",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What happens to one weight.
+
+    Attributes:
+        name: module name of a linear weight, tensor name of anything else.
+        shape: [out, in] for linear weights.
+        scheme: how it is stored, or None for BF16.
+        reason: why, in a few words.
+        linear: where it comes from, for linear weights.
+        outputs: the tensors it becomes.
+    """
+
+    name: str
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]
+    scheme: WeightScheme | None
+    reason: str
+    linear: LinearSpec | None
+    outputs: tuple[OutputTensor, ...]
+    bytes_in: int
+
+    @property
+    def num_weights(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def stored_as(self) -> str:
+        """For tables: "bf16", "int4 g128", ..."""
+        return "bf16" if self.scheme is None else self.scheme.label
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes in the output."""
+        return sum(output.nbytes for output in self.outputs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorPlan:
+    """One source tensor and the decisions about its parts, in stored order."""
+
+    spec: TensorSpec
+    dtype: str
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything a conversion does.
+
+    Attributes:
+        notes: what a user should know about where the result can be loaded.
+    """
+
+    config: Llama4Config
+    scheme: Scheme | None
+    tensors: tuple[TensorPlan, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Every decision, in order of the model."""
+        return tuple(decision for tensor in self.tensors for decision in tensor.decisions)
+
+    @property
+    def outputs(self) -> tuple[OutputTensor, ...]:
+        """Every tensor of the output, in order of the model."""
+        return tuple(output for decision in self.decisions for output in decision.outputs)
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """Names of all linear modules that stay BF16: exactly the `ignore` list of quantization_config."""
+        return tuple(d.name for d in self.decisions if d.linear is not None and d.scheme is None)
+
+
+def make_plan(config: Llama4Config, scheme: Scheme | None, entries: Mapping[str, TensorEntry] | None = None) -> Plan:
+    """Decide about every weight.
+
+    Args:
+        config: the model.
+        scheme: what quantized weights become, and which; None keeps every weight (for inspection and plain loading).
+        entries: the source's tensors by name; they must be exactly the model's. None plans for a BF16 source that
+            nobody has looked at.
+
+    Raises:
+        SchemeError: a role that the model lacks, a pattern that matches nothing, a weight that does not fit the scheme.
+        CheckpointError: the source is quantized already, or its tensors are not the model's.
+    """
+    check_not_quantized(config)
+    specs = tensor_specs(config)
+    if entries is not None:
+        check_entries(specs, entries)
+    chooser = _Chooser(
+        scheme=scheme,
+        roles=_roles(scheme.quantize if scheme else (), specs),
+        ignored=_match_ignore(scheme.ignore if scheme else (), linear_specs(config)),
+    )
+    tensors = tuple(_plan_tensor(spec, chooser, entries[spec.name].dtype if entries else "BF16") for spec in specs)
+    plan = Plan(config=config, scheme=scheme, tensors=tensors, notes=_notes(tensors))
+    _check_experts_agree(plan)
+    if scheme is not None and not any(decision.scheme for decision in plan.decisions):
+        raise SchemeError("nothing is left to quantize: --ignore matches every weight that the scheme applies to")
+    return plan
+
+
+def check_not_quantized(config: Llama4Config) -> None:
+    """Raise CheckpointError if config.json says that the source is quantized already."""
+    sections = [config.raw, config.raw.get("text_config") or {}]
+    for section in sections:
+        found = section.get("quantization_config")
+        if found:
+            method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "unknown"
+            raise CheckpointError(
+                f"the source is already quantized (config.json: quantization_config, quant_method {method!r}); "
+                "convert from the BF16 checkpoint instead"
+            )
+
+
+def check_entries(specs: Sequence[TensorSpec], entries: Mapping[str, TensorEntry]) -> None:
+    """Raise CheckpointError unless the source's headers hold exactly the model's tensors in float dtypes."""
+    expected = {spec.name: spec for spec in specs}
+    missing = [name for name in expected if name not in entries]
+    if missing:
+        raise CheckpointError(f"{some_tensors(missing)} missing from the checkpoint, but config.json asks for it")
+    unknown = [name for name in entries if name not in expected]
+    if unknown:
+        raise CheckpointError(f"{some_tensors(unknown)} in the checkpoint, but not part of the model in config.json")
+    for name, spec in expected.items():
+        entry = entries[name]
+        if tuple(entry.shape) != spec.shape:
+            raise CheckpointError(
+                f"{name}: shape {list(entry.shape)} in {entry.path.name}, but config.json asks for {list(spec.shape)}"
+            )
+        if entry.dtype not in SOURCE_DTYPES:
+            raise CheckpointError(
+                f"{name}: dtype {entry.dtype} in {entry.path.name}, expected {', '.join(SOURCE_DTYPES)}; "
+                "is the source quantized already?"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chooser:
+    """Chooses a linear weight's scheme; `ignored` maps linear names to the pattern that caught them."""
+
+    scheme: Scheme | None
+    roles: frozenset[Role]
+    ignored: Mapping[str, str]
+
+    def choose(self, linear: LinearSpec) -> tuple[WeightScheme | None, str]:
+        if self.scheme is None:
+            return None, "no scheme"
+        if linear.role in ALWAYS_KEPT:
+            return None, ALWAYS_KEPT[linear.role]
+        if linear.role not in self.roles:
+            return None, f"not asked for: --quantize {linear.role}"
+        if linear.name in self.ignored:
+            return None, f"--ignore {self.ignored[linear.name]}"
+        weights = self.scheme.weights
+        is_qkv = linear.role is Role.ATTENTION and not linear.name.endswith(".o_proj")
+        if is_qkv and weights.strategy is Strategy.BLOCK:
+            return None, "vLLM permutes rows of q and k, which breaks blocks; v is fused with them"
+        weights.check_divides(linear.name, linear.in_features)
+        return weights, self.scheme.label
+
+
+def _plan_tensor(spec: TensorSpec, chooser: _Chooser, dtype: str) -> TensorPlan:
+    element = SOURCE_DTYPES[dtype]
+    if not spec.linears:
+        outputs = (OutputTensor(name=spec.name, dtype=torch.bfloat16, shape=spec.shape),)
+        kept = Decision(
+            name=spec.name,
+            role=spec.role,
+            layer=spec.layer,
+            shape=spec.shape,
+            scheme=None,
+            reason=ALWAYS_KEPT[spec.role],
+            linear=None,
+            outputs=outputs,
+            bytes_in=spec.num_weights * element,
+        )
+        return TensorPlan(spec=spec, dtype=dtype, decisions=(kept,))
+    return TensorPlan(
+        spec=spec, dtype=dtype, decisions=tuple(_plan_linear(linear, chooser, element) for linear in spec.linears)
+    )
+
+
+def _plan_linear(linear: LinearSpec, chooser: _Chooser, element: int) -> Decision:
+    weights, reason = chooser.choose(linear)
+    shape = (linear.out_features, linear.in_features)
+    # A kept expert is stored on its own too: beside quantized experts, loaders expect one 2-D weight per expert.
+    kept = (OutputTensor(name=f"{linear.name}.weight", dtype=torch.bfloat16, shape=shape),)
+    return Decision(
+        name=linear.name,
+        role=linear.role,
+        layer=linear.layer,
+        shape=shape,
+        scheme=weights,
+        reason=reason,
+        linear=linear,
+        outputs=kept if weights is None else compressed_tensors.output_tensors(linear.name, shape, weights),
+        bytes_in=linear.num_weights * element,
+    )
+
+
+def _roles(quantize: Collection[str], specs: Sequence[TensorSpec]) -> frozenset[Role]:
+    present = {spec.role for spec in specs}
+    for name in quantize:
+        if name not in set(QuantizableRole):
+            raise SchemeError(f"--quantize {name}: unknown role; known roles: {', '.join(QuantizableRole)}")
+        if Role(name) not in present:
+            raise SchemeError(f"--quantize {name}: this model has no such weights")
+    return frozenset([*DEFAULT_ROLES, *(Role(name) for name in quantize)])
+
+
+def _match_ignore(ignore: Sequence[str], linears: Sequence[LinearSpec]) -> dict[str, str]:
+    """Map each ignored linear to the pattern that names it."""
+    matched: dict[str, str] = {}
+    for pattern in ignore:
+        names = _matches(pattern, linears)
+        if not names:
+            near = difflib.get_close_matches(pattern, [linear.name for linear in linears], n=3, cutoff=0.5)
+            hint = f"; close names: {', '.join(near)}" if near else "; `llama4-quant inspect --weights` lists all names"
+            raise SchemeError(f"--ignore {pattern}: matches none of the model's {len(linears)} linear weights{hint}")
+        matched |= dict.fromkeys(names, pattern)
+    return matched
+
+
+def _matches(pattern: str, linears: Sequence[LinearSpec]) -> list[str]:
+    """Names that a pattern catches; a plain name may be a module's, its weight's, or a fused expert tensor's."""
+    if not pattern.startswith("re:"):
+        return [x.name for x in linears if pattern in {x.name, f"{x.name}.weight", x.source}]
+    try:
+        expression = re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise SchemeError(f"--ignore {pattern}: not a regular expression: {error}") from error
+    return [linear.name for linear in linears if expression.match(linear.name)]
+
+
+def _check_experts_agree(plan: Plan) -> None:
+    """The experts of a layer must share one scheme: vLLM and our runtime run them as one stacked kernel."""
+    seen: dict[str, Decision] = {}
+    for decision in plan.decisions:
+        if decision.role is not Role.ROUTED_EXPERT:
+            continue
+        layer = decision.name.partition(".experts.")[0] + ".experts"
+        first = seen.setdefault(layer, decision)
+        if first.scheme != decision.scheme:
+            raise SchemeError(
+                f"{layer}: the routed experts of a layer need one scheme, but {first.name} and {decision.name} differ; "
+                f"leave all of them alone with --ignore 're:{re.escape(layer)}'"
+            )
+
+
+def _notes(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    quantized = {d.role for t in tensors for d in t.decisions if d.scheme is not None}
+    notes = []
+    if quantized & {Role.VISION, Role.PROJECTOR}:
+        notes.append(
+            "vision or projector weights are quantized: llama4-quant and transformers load them, vLLM does not "
+            "(it keeps both in BF16)"
+        )
+    return tuple(notes)
+
+
+def some_tensors(names: Sequence[str]) -> str:
+    """`tensor a is`, `tensors a, b, c and 7 more are`; for messages."""
+    shown = ", ".join(names[:3])
+    if len(names) == 1:
+        return f"tensor {shown} is"
+    return f"tensors {shown} are" if len(names) <= 3 else f"tensors {shown} and {len(names) - 3} more are"
