@@ -8,7 +8,7 @@ import click
 
 from llama4_quant.cli.options import SCHEMES, json_option, scheme_from, scheme_options
 from llama4_quant.cli.progress import byte_progress
-from llama4_quant.cli.tables import console, count, size, table
+from llama4_quant.cli.tables import console, count, parameters, size, table
 from llama4_quant.convert import convert, dry_run
 from llama4_quant.errors import UsageError
 from llama4_quant.report import REPORT_NAME, Report
@@ -16,7 +16,7 @@ from llama4_quant.report import REPORT_NAME, Report
 NUM_WORST = 5
 
 
-@click.command("convert")
+@click.command("convert", short_help="Convert a BF16 checkpoint to FP8 or int4.")
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help="Directory to make.")
 @scheme_options(scheme_help=f"{SCHEMES}.", default="W4A16")
@@ -92,7 +92,7 @@ def _show(report: Report, *, as_json: bool) -> None:
     out.print(roles)
     totals = report.totals
     out.print(
-        f"{totals.num_weights / 1e9:.4g} B parameters, {size(totals.bytes_in)} in, {size(totals.bytes_out)} out: "
+        f"{parameters(totals.num_weights)}, {size(totals.bytes_in)} in, {size(totals.bytes_out)} out: "
         f"{totals.bits_per_weight:.3f} bits per weight ({totals.quantized_bits_per_weight:.3f} over the "
         f"{totals.quantized_fraction:.1%} that is quantized)"
     )

@@ -11,7 +11,7 @@ from llama4_quant.demo import run_demo
 from llama4_quant.demo_report import DemoResult
 
 
-@click.command("demo")
+@click.command("demo", short_help="Convert, run and evaluate the sample model.")
 @click.option("-o", "--output", default="demo-output", show_default=True, type=click.Path(path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoints of an earlier demo.")
 @json_option

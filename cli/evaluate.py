@@ -7,16 +7,29 @@ from typing import Any
 import click
 
 from llama4_quant.checkpoint.source import resolve
-from llama4_quant.cli.options import SCHEMES, device_options, json_option, optional_scheme, scheme_options
+from llama4_quant.cli.options import (
+    EXISTING_FILE,
+    SCHEMES,
+    device_options,
+    json_option,
+    optional_scheme,
+    scheme_options,
+)
 from llama4_quant.cli.progress import count_progress
 from llama4_quant.cli.tables import console
 from llama4_quant.evaluation.checkpoints import evaluate, text_windows
 from llama4_quant.evaluation.report import render
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure perplexity, and KL divergence to a reference.")
 @click.argument("model", metavar="MODEL")
-@click.option("--text", required=True, type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text to score.")
+@click.option(
+    "--text",
+    required=True,
+    type=EXISTING_FILE,
+    metavar="FILE",
+    help="UTF-8 text to score.",
+)
 @click.option("--reference", metavar="REF", help="Checkpoint to compare with, usually the BF16 one.")
 @click.option("--seq-length", default=2048, show_default=True, help="Positions per window.")
 @click.option("--num-windows", type=int, help="Windows, from the start of the text. [default: all that fit]")

@@ -7,18 +7,29 @@ from pathlib import Path
 import click
 
 from llama4_quant.checkpoint.source import resolve
-from llama4_quant.cli.options import SCHEMES, device_options, json_option, optional_scheme, scheme_options
+from llama4_quant.cli.options import (
+    EXISTING_FILE,
+    SCHEMES,
+    device_options,
+    json_option,
+    optional_scheme,
+    scheme_options,
+)
 from llama4_quant.cli.progress import byte_progress
 from llama4_quant.runtime.loader import load, load_size
 from llama4_quant.runtime.pipeline import Pipeline, TextStream, user_message
 from llama4_quant.runtime.sampling import GenerationSettings
 
 
-@click.command("generate")
+@click.command("generate", short_help="Answer a prompt, with images if you like.")
 @click.argument("model", metavar="MODEL")
 @click.option("--prompt", required=True, help="What to say.")
 @click.option(
-    "--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image to show. Repeatable, in order."
+    "--image",
+    "images",
+    multiple=True,
+    type=EXISTING_FILE,
+    help="An image to show. Repeatable, in order.",
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--max-new-tokens", type=int, help="Stop after so many tokens. [default: the checkpoint's, or 256]")

@@ -6,11 +6,11 @@ import json
 import click
 
 from llama4_quant.cli.options import json_option
-from llama4_quant.cli.tables import console, count, size, table
+from llama4_quant.cli.tables import console, count, parameters, size, table
 from llama4_quant.inspect import Inspection, inspect
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Show what a checkpoint holds.")
 @click.argument("source", metavar="SRC")
 @click.option("--weights", is_flag=True, help="List every tensor instead of a summary by role.")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
@@ -35,7 +35,8 @@ def _show_summary(found: Inspection) -> None:
         roles.add_row(role.role, role.stored_as, count(role.count), count(role.num_weights), size(role.num_bytes))
     out.print(roles)
     out.print(
-        f"{found.num_weights / 1e9:.4g} B parameters in {size(found.num_bytes)}, {found.num_files} files: "
+        f"{parameters(found.num_weights)} in {size(found.num_bytes)}, "
+        f"{found.num_files} file{'' if found.num_files == 1 else 's'}: "
         f"{8 * found.num_bytes / found.num_weights:.3f} bits per weight"
     )
 

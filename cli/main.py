@@ -56,7 +56,7 @@ def main() -> None:
         # The reader of our stdout (`| head`) is gone. Point stdout elsewhere so that the interpreter's flush is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)
-    except Llama4QuantError as error:
+    except (Llama4QuantError, OSError) as error:
         if "--debug" in sys.argv:
             raise
         click.echo(f"error: {error}", err=True)

@@ -1,6 +1,7 @@
 """Options that several commands share, so that they are spelled and described once."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,6 +10,8 @@ from llama4_quant.errors import UsageError
 from llama4_quant.scheme import INT4_GROUP_SIZES, Observer, Scheme, SchemeName, preset
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 SCHEMES = ", ".join(SchemeName)
 GROUP_SIZES = ", ".join(str(size) for size in INT4_GROUP_SIZES)

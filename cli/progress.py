@@ -1,6 +1,7 @@
-"""Progress on stderr: a bar on a terminal, a plain line every tenth of the way elsewhere."""
+"""Progress on stderr: a bar on a terminal, now and then a plain line elsewhere."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,12 +18,16 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from llama4_quant.cli.tables import size
+
+SECONDS_BETWEEN_LINES = 5.0
+
 
 @contextmanager
 def byte_progress(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
     """Give a function that takes (what, bytes done since the last call)."""
     columns = (DownloadColumn(), TransferSpeedColumn())
-    with _progress(title, total, f"{total / 1e9:.3g} GB", *columns) as advance:
+    with _progress(title, total, size(total), *columns) as advance:
         yield advance
 
 
@@ -47,14 +52,15 @@ def _progress(
 
 
 def _plain_lines(title: str, total: int, total_text: str) -> Callable[[str, int], None]:
-    done, shown = 0, 0
+    """Lines in a log: at most one for each tenth of the way, and one in five seconds."""
+    done, shown, last = 0, 0, time.monotonic()
 
     def advance(_what: str, num_done: int) -> None:
-        nonlocal done, shown
+        nonlocal done, shown, last
         done += num_done
         tenth = 10 * done // max(1, total)
-        if tenth > shown:
-            shown = tenth
+        if tenth > shown and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            shown, last = tenth, time.monotonic()
             click.echo(f"{title}: {10 * tenth} % of {total_text}", err=True)
 
     return advance

@@ -31,6 +31,11 @@ def size(num_bytes: int) -> str:
     return f"{value:.4g} TB"
 
 
+def parameters(number: int) -> str:
+    """108.6 B parameters, 5.134 M parameters."""
+    return f"{number / 1e9:.4g} B parameters" if number >= 1e9 else f"{number / 1e6:.4g} M parameters"
+
+
 def count(number: int) -> str:
     """12,345,678."""
     return f"{number:,}"

@@ -1,0 +1,176 @@
+"""The command line's contract: exit codes, one clean message, data on stdout and talk on stderr, JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import make_checkpoint
+
+from llama4_quant.cli.main import main
+from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
+
+MAVERICK = Path(__file__).parent.parent / "data" / "maverick.json"
+
+
+class Ran:
+    """What a command printed and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
+    def run_command(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["llama4-quant", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("cli") / "bf16")
+
+
+@pytest.mark.parametrize("command", [[], ["convert"], ["inspect"], ["generate"], ["eval"], ["demo"]])
+def test_help_names_every_command_and_fits_the_contract(run: object, command: list[str]) -> None:
+    ran = run(*command, "--help")
+    assert ran.code == 0
+    assert "Usage: llama4-quant" in ran.out
+    assert ran.err == ""
+    # At most 20 flags a command; more would go to a file.
+    assert ran.out.count("\n  --") + ran.out.count("\n  -") <= 2 * 20
+
+
+def test_version(run: object) -> None:
+    assert run("--version").out.startswith("llama4-quant, version 0.")
+
+
+def test_convert_prints_a_table_and_writes(run: object, source: Path, tmp_path: Path) -> None:
+    ran = run("convert", source, "-o", tmp_path / "out", "--group-size", 32, "--quantize", "attention")
+    assert ran.code == 0
+    assert "W4A16 (int4 g32, mse)" in ran.out
+    assert "not asked for: --quantize lm-head" in ran.out
+    assert (tmp_path / "out" / "quantization_report.json").exists()
+    assert str(tmp_path / "out") in ran.out
+
+
+def test_convert_json_is_the_report(run: object, source: Path, tmp_path: Path) -> None:
+    ran = run("convert", source, "-o", tmp_path / "out", "--scheme", "fp8-dynamic", "--json")
+    assert json.loads(ran.out) == json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+
+
+def test_dry_run_of_maverick_without_weights(run: object, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    ran = run("convert", "--dry-run", "--config-only", MAVERICK, "--scheme", "W4A16", "--save-plan", plan)
+    assert ran.code == 0
+    assert "401.6 B parameters, 803.2 GB in, 215.9 GB out: 4.302 bits per weight" in ran.out
+    assert "9,216" in ran.out
+    saved = json.loads(plan.read_text())
+    assert saved["totals"]["bytes_in"] == 803_167_562_752
+    # 1,061 tensors, of which 48 are fused experts: 24 layers x 128 experts x 3 projections instead.
+    assert len(saved["weights"]) == 1_061 - 48 + 24 * 128 * 3
+    assert saved == json.loads(run("convert", "--dry-run", "--config-only", MAVERICK, "--json").out)
+
+
+def test_dry_run_writes_nothing(run: object, source: Path, tmp_path: Path) -> None:
+    assert run("convert", source, "-o", tmp_path / "out", "--dry-run").code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["convert"], 2, "Missing argument 'SRC'"),
+        (["convert", "{source}"], 1, "convert needs -o OUT"),
+        (["convert", "{source}", "-o", "{tmp}/out", "--scheme", "W3"], 1, "known schemes: W4A16, FP8_DYNAMIC, FP8_BLOCK"),
+        (["convert", "{source}", "-o", "{tmp}/out", "--observer", "magic"], 1, "known observers: absmax, mse"),
+        (["convert", "{source}", "-o", "{tmp}/out", "--ignore", "nothing"], 1, "matches none of the model's"),
+        (["convert", "{source}", "-o", "{tmp}/out", "--max-shard-size", "big"], 1, "is not a size"),
+        (["convert", "{source}", "-o", "{tmp}/out", "--config-only"], 1, "go with --dry-run"),
+        (["convert", "{source}", "-o", "{source}"], 1, "source"),
+        (["convert", "{tmp}", "-o", "{tmp}/out"], 1, "expected a folder with config.json"),
+        (["convert", "{source}", "--dry-run", "--save-plan", "{tmp}/no/plan.json"], 1, "No such file"),
+        (["inspect", "{tmp}/nowhere"], 1, "nowhere"),
+        (["generate", "{source}", "--prompt", "x", "--image", "{tmp}/none.png"], 2, "does not exist"),
+        (["generate", "{source}", "--prompt", "x", "--group-size", "32"], 1, "add --scheme"),
+        (["generate", "{source}", "--prompt", "x", "--device", "abacus"], 1, "device abacus cannot be used"),
+        (["generate", "{source}", "--prompt", "x", "--dtype", "int8"], 1, "dtype int8 is not supported"),
+        (["eval", "{source}", "--text", "{tmp}"], 2, "is a directory"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_mistakes_give_one_message(
+    run: object, source: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    ran = run(*(argument.format(source=source, tmp=tmp_path) for argument in arguments))
+    assert ran.code == code
+    assert message in ran.err
+    assert ran.out == ""
+    assert "Traceback" not in ran.err
+    if code == 1:
+        assert ran.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(run: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        run("--debug", "inspect", tmp_path / "nowhere")
+
+
+def test_inspect_json(run: object) -> None:
+    found = json.loads(run("inspect", SAMPLE_DIR, "--json").out)
+    assert found["num_bytes"] == 2 * found["num_weights"]
+    assert sum(role["num_weights"] for role in found["roles"]) == found["num_weights"]
+    assert "experts.7.down_proj" in run("inspect", SAMPLE_DIR, "--weights").out
+
+
+def test_generate_streams_text_and_counts(run: object) -> None:
+    ran = run("generate", SAMPLE_DIR, "--prompt", "What is `len`?", "--max-new-tokens", 5, "--raw")
+    assert ran.code == 0
+    assert "5 new tokens" in ran.err
+    as_json = json.loads(
+        run("generate", SAMPLE_DIR, "--prompt", "What is `len`?", "--max-new-tokens", 5, "--raw", "--json").out
+    )
+    assert as_json["text"] == ran.out.removesuffix("\n")
+    assert as_json["num_new_tokens"] == 5
+
+
+def test_generate_on_the_fly_equals_offline(run: object, tmp_path: Path) -> None:
+    run("convert", SAMPLE_DIR, "-o", tmp_path / "out", "--scheme", "W4A16", "--group-size", 64)
+    arguments = ["--prompt", "What is `len`?", "--max-new-tokens", 12]
+    offline = run("generate", tmp_path / "out", *arguments)
+    on_the_fly = run("generate", SAMPLE_DIR, "--scheme", "W4A16", "--group-size", 64, *arguments)
+    assert offline.out == on_the_fly.out != ""
+
+
+def test_eval_table_and_json(run: object, tmp_path: Path) -> None:
+    run("convert", SAMPLE_DIR, "-o", tmp_path / "out", "--scheme", "W4A16")
+    arguments = ["--reference", SAMPLE_DIR, "--text", HELD_OUT_TEXT, "--seq-length", 64, "--num-windows", 3]
+    ran = run("eval", tmp_path / "out", *arguments)
+    assert ran.code == 0
+    for line in ("perplexity", "KL to reference (nats/token)", "top-1 agreement", "standard error"):
+        assert line in ran.out
+    result = json.loads(run("eval", tmp_path / "out", *arguments, "--json").out)
+    assert result["num_tokens"] == 3 * 63
+    assert result["comparison"]["divergence"]["value"] > 0
+    itself = json.loads(run("eval", SAMPLE_DIR, *arguments, "--json").out)
+    assert itself["comparison"]["divergence"]["value"] == 0
+    assert itself["comparison"]["agreement"]["value"] == 1
+
+
+def test_eval_text_too_short_says_how_many_windows_fit(run: object, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("hello " * 50)
+    ran = run("eval", SAMPLE_DIR, "--text", text, "--seq-length", 32, "--num-windows", 100)
+    assert ran.code == 1
+    assert "windows of 32 positions fit, but 100 are needed" in ran.err
