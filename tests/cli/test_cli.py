@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from checkpoints import make_checkpoint
 
-from llama4_quant.cli.main import main
+from llama4_quant.cli.main import cli, main
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
 
 MAVERICK = Path(__file__).parent.parent / "data" / "maverick.json"
@@ -92,7 +92,11 @@ def test_dry_run_writes_nothing(run: object, source: Path, tmp_path: Path) -> No
     [
         (["convert"], 2, "Missing argument 'SRC'"),
         (["convert", "{source}"], 1, "convert needs -o OUT"),
-        (["convert", "{source}", "-o", "{tmp}/out", "--scheme", "W3"], 1, "known schemes: W4A16, FP8_DYNAMIC, FP8_BLOCK"),
+        (
+            ["convert", "{source}", "-o", "{tmp}/out", "--scheme", "W3"],
+            1,
+            "known schemes: W4A16, FP8_DYNAMIC, FP8_BLOCK",
+        ),
         (["convert", "{source}", "-o", "{tmp}/out", "--observer", "magic"], 1, "known observers: absmax, mse"),
         (["convert", "{source}", "-o", "{tmp}/out", "--ignore", "nothing"], 1, "matches none of the model's"),
         (["convert", "{source}", "-o", "{tmp}/out", "--max-shard-size", "big"], 1, "is not a size"),
@@ -174,3 +178,15 @@ def test_eval_text_too_short_says_how_many_windows_fit(run: object, tmp_path: Pa
     ran = run("eval", SAMPLE_DIR, "--text", text, "--seq-length", 32, "--num-windows", 100)
     assert ran.code == 1
     assert "windows of 32 positions fit, but 100 are needed" in ran.err
+
+
+def test_every_flag_is_in_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    flags = {
+        name
+        for command in [cli, *cli.commands.values()]
+        for parameter in command.params
+        for name in parameter.opts
+        if name.startswith("-")
+    }
+    assert {flag for flag in flags if f"`{flag}" not in text} == set()
