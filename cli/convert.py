@@ -1,16 +1,20 @@
 """`llama4-quant convert`."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
+from llama4_quant.checkpoint.layout import parse_size
+from llama4_quant.checkpoint.resume import Resume
 from llama4_quant.cli.options import SCHEMES, json_option, scheme_from, scheme_options
 from llama4_quant.cli.progress import byte_progress
 from llama4_quant.cli.tables import console, count, parameters, size, table
 from llama4_quant.convert import convert, dry_run
 from llama4_quant.errors import UsageError
+from llama4_quant.ranks import Rank
 from llama4_quant.report import REPORT_NAME, Report
 
 NUM_WORST = 5
@@ -21,6 +25,17 @@ NUM_WORST = 5
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help="Directory to make.")
 @scheme_options(scheme_help=f"{SCHEMES}.", default="W4A16")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file: 5GB, 512MiB, ...")
+@click.option(
+    "--max-memory", metavar="SIZE", help="Hold at most so much: 2GiB, ... [default: a quarter of the machine]"
+)
+@click.option("--workers", type=int, metavar="N", help="Work on at most N pieces at a time. [default: one per core]")
+@click.option(
+    "--resume",
+    type=click.Choice([mode.value for mode in Resume]),
+    default=Resume.AUTO.value,
+    show_default=True,
+    help="An interrupted conversion in OUT: continue it if there is one; continue it or fail; delete it.",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is in OUT.")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Show the decision about every weight, and write nothing.")
@@ -33,6 +48,9 @@ def convert_command(
     source: str,
     output: Path | None,
     max_shard_size: str,
+    max_memory: str | None,
+    workers: int | None,
+    resume: str,
     revision: str | None,
     overwrite: bool,
     is_dry_run: bool,
@@ -44,36 +62,44 @@ def convert_command(
     """Convert the BF16 Llama 4 checkpoint SRC (a directory or a Hub id) to FP8 or int4.
 
     The output is a compressed-tensors checkpoint that llama4-quant, transformers and vLLM load, with a
-    quantization_report.json beside it.
+    quantization_report.json beside it. A conversion that was interrupted is continued by the same command. With
+    torchrun (-m llama4_quant.cli) several processes share the work, on one or more machines.
 
     \b
     llama4-quant convert meta-llama/Llama-4-Scout-17B-16E-Instruct -o scout-w4a16 --scheme W4A16
     llama4-quant convert ./scout -o scout-fp8 --scheme FP8_DYNAMIC --quantize attention
     llama4-quant convert --dry-run --config-only config.json --scheme W4A16 --group-size 64
     """  # noqa: D301 - \b is click's mark for lines that must not be wrapped
-    scheme = scheme_from(settings)
-    if is_dry_run:
-        report = dry_run(source, scheme=scheme, revision=revision, config_only=config_only)
-        if save_plan is not None:
-            save_plan.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-        _show(report, as_json=as_json)
-        return
-    if config_only or save_plan is not None:
+    scheme, shard_size = scheme_from(settings), parse_size(max_shard_size)
+    if not is_dry_run and (config_only or save_plan is not None):
         raise UsageError("--config-only and --save-plan go with --dry-run")
-    if output is None:
+    if not is_dry_run and output is None:
         raise UsageError("convert needs -o OUT, the directory to make (or --dry-run)")
-    total = dry_run(source, scheme=scheme, revision=revision).totals.bytes_in
-    with byte_progress("converting", total) as advance:
+    planned = dry_run(
+        source, scheme=scheme, revision=revision, config_only=config_only, max_memory=max_memory, workers=workers
+    )
+    if is_dry_run:
+        if save_plan is not None:
+            save_plan.write_text(json.dumps(planned.to_json(), indent=1) + "\n", encoding="utf-8")
+        _show(planned, as_json=as_json)
+        return
+    assert output is not None
+    is_first = Rank.from_environment().rank == 0  # one of several processes talks
+    with byte_progress("converting", planned.totals.bytes_in) if is_first else nullcontext() as advance:
         report = convert(
             source,
             output,
             scheme=scheme,
-            max_shard_size=max_shard_size,
+            max_shard_size=shard_size,
+            max_memory=max_memory,
+            workers=workers,
+            resume=resume,
             overwrite=overwrite,
             revision=revision,
             progress=advance,
         )
-    _show(report, as_json=as_json)
+    if is_first:
+        _show(report, as_json=as_json)
 
 
 def _show(report: Report, *, as_json: bool) -> None:
@@ -95,6 +121,11 @@ def _show(report: Report, *, as_json: bool) -> None:
         f"{parameters(totals.num_weights)}, {size(totals.bytes_in)} in, {size(totals.bytes_out)} out: "
         f"{totals.bits_per_weight:.3f} bits per weight ({totals.quantized_bits_per_weight:.3f} over the "
         f"{totals.quantized_fraction:.1%} that is quantized)"
+    )
+    memory = report.memory
+    out.print(
+        f"memory: at most {size(memory.predicted)} of {size(memory.limit)} for {memory.num_workers} "
+        f"worker{'' if memory.num_workers == 1 else 's'}; the smallest --max-memory is {memory.smallest // 2**20}MiB"
     )
     for note in report.notes:
         out.print(f"note: {note}")

@@ -12,7 +12,7 @@ from llama4_quant.inspect import Inspection, inspect
 
 @click.command("inspect", short_help="Show what a checkpoint holds.")
 @click.argument("source", metavar="SRC")
-@click.option("--weights", is_flag=True, help="List every tensor instead of a summary by role.")
+@click.option("--weights", is_flag=True, help="List every weight instead of a summary by role.")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @json_option
 def inspect_command(source: str, weights: bool, revision: str | None, as_json: bool) -> None:

@@ -62,8 +62,10 @@ def optional_scheme(
     """
     if scheme is not None:
         return preset(scheme, group_size=group_size, observer=observer, quantize=quantize, ignore=ignore)
-    if group_size is not None or quantize or ignore:
-        raise UsageError("--group-size, --quantize and --ignore say how to quantize while loading; add --scheme")
+    if group_size is not None or observer != Observer.MSE or quantize or ignore:
+        raise UsageError(
+            "--group-size, --observer, --quantize and --ignore say how to quantize while loading; add --scheme"
+        )
     return None
 
 

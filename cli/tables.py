@@ -9,8 +9,13 @@ WIDTH_WITHOUT_TERMINAL = 150
 
 
 def console() -> Console:
-    """stdout; wide and plain when it is not a terminal, so that tables in logs and pipes are not cut."""
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH_WITHOUT_TERMINAL, color_system=None)
+    """stdout; wide and plain when it is not a terminal, so that tables in logs and pipes are not cut.
+
+    Names, patterns and generated text hold brackets and colons, so these are never read as markup.
+    """
+    if sys.stdout.isatty():
+        return Console(markup=False, emoji=False)
+    return Console(width=WIDTH_WITHOUT_TERMINAL, color_system=None, markup=False, emoji=False)
 
 
 def table(title: str, *columns: str, left: int = 1) -> Table:

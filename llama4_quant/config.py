@@ -7,6 +7,7 @@ flat (`model_type` "llama4_text"). All of them end in the same objects here. The
 checked for type and range, so that nothing later has to.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from llama4_quant.errors import ConfigError
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 65536
+"""Of all layers together; Maverick has 3,072."""
 
 TEXT_ONLY = "Llama4ForCausalLM"
 MULTIMODAL = "Llama4ForConditionalGeneration"
@@ -127,6 +129,14 @@ class Llama4Config:
         """The class name that transformers and vLLM know this model by."""
         return TEXT_ONLY if self.vision is None else MULTIMODAL
 
+    @property
+    def quantization(self) -> Any:
+        """`quantization_config` as it stands in config.json; None (or empty) for a checkpoint that is not quantized."""
+        text = self.raw.get("text_config")
+        return self.raw.get("quantization_config") or (
+            text.get("quantization_config") if isinstance(text, Mapping) else None
+        )
+
     @classmethod
     def from_file(cls, path: Path) -> "Llama4Config":
         """Read config.json.
@@ -198,17 +208,29 @@ def _text(text: Fields) -> TextConfig:
             f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
             f"{config.num_key_value_heads}"
         )
+    if config.head_dim % 2:
+        raise ConfigError(f"{text.where}: head_dim {config.head_dim} is odd; RoPE turns pairs of features")
+    if len(config.moe_layers) * num_experts > MAX_EXPERTS:
+        raise ConfigError(
+            f"{text.where}: {len(config.moe_layers)} MoE layers of {num_experts} experts; expected at most "
+            f"{MAX_EXPERTS} experts together"
+        )
     return config
 
 
 def _moe_layers(text: Fields, num_layers: int) -> tuple[int, ...]:
     """`moe_layers` wins over `interleave_moe_layer_step`."""
-    step = text.integer("interleave_moe_layer_step", 1)
+    step = text.integer("interleave_moe_layer_step", 1, low=0)  # 0: no MoE layer (vLLM's reading)
     listed = text.get("moe_layers")
-    layers = tuple(range(step - 1, num_layers, step)) if listed is None else text.integers("moe_layers")
+    layers = moe_layers_of(step, num_layers) if listed is None else text.integers("moe_layers")
     if any(layer >= num_layers for layer in layers):
         raise ConfigError(f"config.json: moe_layers {list(layers)} names a layer beyond the model's {num_layers}")
     return tuple(sorted(set(layers)))
+
+
+def moe_layers_of(step: int, num_layers: int) -> tuple[int, ...]:
+    """Every `step`-th layer; none for a step of 0."""
+    return tuple(range(step - 1, num_layers, step)) if step else ()
 
 
 def _rope_layers(text: Fields, num_layers: int) -> tuple[bool, ...]:
@@ -222,8 +244,8 @@ def _rope_layers(text: Fields, num_layers: int) -> tuple[bool, ...]:
 
 
 def _rope(text: Fields) -> Fields:
-    """The section that holds RoPE's settings: `rope_parameters`, else `rope_scaling`, else empty."""
-    name = "rope_parameters" if text.get("rope_parameters") is not None else "rope_scaling"
+    """The section that holds RoPE's settings: `rope_scaling` (which wins in transformers), else `rope_parameters`."""
+    name = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
     return text.section(name) if text.get(name) is not None else Fields({}, f"{text.where}: {name}")
 
 
@@ -265,9 +287,17 @@ def _vision(vision: Fields) -> VisionConfig:
 def _check_vision(config: VisionConfig, where: str) -> None:
     """Sizes that have to fit together for the tower to run at all."""
     shuffled = config.hidden_size / config.pixel_shuffle_ratio**2
+    square = max(1, round(1 / config.pixel_shuffle_ratio))
+    is_inverse = math.isclose(square * config.pixel_shuffle_ratio, 1.0)
     rules = {
         "image_size must be a multiple of patch_size": config.image_size % config.patch_size == 0,
         "hidden_size must be a multiple of num_attention_heads": config.hidden_size % config.num_attention_heads == 0,
+        "hidden_size / num_attention_heads must be a multiple of 4, for RoPE in two dimensions": (
+            config.hidden_size // config.num_attention_heads % 4 == 0
+        ),
+        "pixel_shuffle_ratio must be 1/n, with n dividing image_size / patch_size": (
+            is_inverse and config.image_size // config.patch_size % square == 0
+        ),
         "intermediate_size must be hidden_size / pixel_shuffle_ratio^2": config.intermediate_size == shuffled,
         "projector_input_dim, projector_output_dim and vision_output_dim must be equal": (
             config.projector_input_dim == config.projector_output_dim == config.vision_output_dim

@@ -1,143 +1,223 @@
 """Offline conversion: BF16 checkpoint in, quantized compressed-tensors checkpoint out, weight by weight.
 
 The plan says everything that will be written, the layout says where; then source weights stream through the
-quantizers into their places, one expert slice or chunk of rows at a time.
+quantizers into their places, one expert slice or chunk of rows at a time, on several threads, and with torchrun on
+several machines. What is finished is journalled: a conversion that was interrupted, in whatever way, is continued by
+running it again, with the same bytes as if nothing had happened.
 """
 
 import copy
+import dataclasses
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from llama4_quant._version import __version__
+from llama4_quant.architecture import Role
+from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.layout import layout_shards, parse_size
+from llama4_quant.checkpoint.paths import CONFIG_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.checkpoint.source import resolve, side_files
+from llama4_quant.checkpoint.resume import Job, Resume, parse_resume
+from llama4_quant.checkpoint.source import open_source, side_files
 from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.config import Llama4Config
-from llama4_quant.formats import compressed_tensors
-from llama4_quant.plan import Decision, Plan, make_plan
-from llama4_quant.quantizers.error import WeightError, measure
-from llama4_quant.report import REPORT_NAME, Report, WeightRecord, make_report, weight_record
-from llama4_quant.scheme import Scheme, preset
-from llama4_quant.stream import Piece, encode_piece, finite_bf16, quantize_piece, read_pieces
+from llama4_quant.conversion import Conversion
+from llama4_quant.errors import OutputError, QuantizationError
+from llama4_quant.formats import compressed_tensors, fbgemm_fp8
+from llama4_quant.formats.choice import CheckpointFormat, choose_format
+from llama4_quant.plan import Plan, make_plan
+from llama4_quant.ranks import Rank
+from llama4_quant.report import REPORT_NAME, Report, make_report
+from llama4_quant.scheme import Scheme
+from llama4_quant.stream import Progress
+from llama4_quant.work import WorkItem, plan_memory, work_items
 
-Progress = Callable[[str, int], None]
-"""Called after each piece with the weight's name and the source bytes that are now done more than before."""
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def dry_run(
-    source: str | Path, *, scheme: str | Scheme = "W4A16", revision: str | None = None, config_only: bool = False
+    source: str | Path,
+    *,
+    scheme: str | Scheme | None = None,
+    format: str = CheckpointFormat.COMPRESSED_TENSORS,  # noqa: A002 - the flag's name
+    revision: str | None = None,
+    config_only: bool = False,
+    max_memory: int | str | None = None,
+    workers: int | None = None,
 ) -> Report:
     """Say what `convert` would do, without reading a weight.
 
     Args:
         source: as for `convert`; with `config_only` a config.json, or a folder that has one.
         scheme: as for `convert`.
+        format: as for `convert`.
         revision: as for `convert`.
         config_only: plan from config.json alone, for a BF16 checkpoint that is not there.
+        max_memory: as for `convert`.
+        workers: as for `convert`.
 
     Raises:
         Llama4QuantError: as for `convert`.
     """
-    chosen = preset(scheme)
+    storage, chosen = choose_format(format, scheme)
     if config_only:
         path = Path(source)
         config = Llama4Config.from_file(path / "config.json" if path.is_dir() else path)
-        return make_report(make_plan(config, chosen), str(source))
-    with CheckpointReader.open(resolve(str(source), revision)) as reader:
+        plan = make_plan(config, chosen, format=storage)
+        return make_report(plan, str(source), memory=plan_memory(plan, work_items(plan), max_memory, workers))
+    with open_source(str(source), revision) as reader:
         config = Llama4Config.from_dict(reader.config)
-        return make_report(make_plan(config, chosen, reader.tensors), str(source))
+        plan = make_plan(config, chosen, reader.tensors, storage)
+        return make_report(plan, str(source), memory=plan_memory(plan, work_items(plan), max_memory, workers))
 
 
 def convert(
     source: str | Path,
     output: str | Path,
     *,
-    scheme: str | Scheme = "W4A16",
+    scheme: str | Scheme | None = None,
+    format: str = CheckpointFormat.COMPRESSED_TENSORS,  # noqa: A002 - the flag's name
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     revision: str | None = None,
+    max_memory: int | str | None = None,
+    workers: int | None = None,
+    resume: str = Resume.AUTO,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert a BF16 Llama 4 checkpoint to a quantized one in compressed-tensors layout.
+    """Convert a BF16 Llama 4 checkpoint to a quantized one, or to another layout.
 
     Args:
-        source: a local directory, or a Hub id.
+        source: a local directory, or a Hub id; in Hugging Face layout, or in Meta's (consolidated.NN.pth, params.json).
         output: directory to make; it must not hold anything unless `overwrite`.
-        scheme: "W4A16", "FP8_DYNAMIC" or "FP8_BLOCK", or a Scheme with settings (see `preset`).
+        scheme: "W4A16", "FP8_DYNAMIC" or "FP8_BLOCK", or a Scheme with settings (see `preset`). Default: what the
+            format is for (W4A16, FP8_DYNAMIC, none).
+        format: "compressed-tensors"; "bf16" for another layout or other shards without quantization; or "fbgemm-fp8".
         max_shard_size: bytes, or a string such as "5GB" or "512MiB"; a single larger tensor gets its own shard.
         overwrite: replace a checkpoint that is already in `output`.
         revision: branch, tag or commit of a Hub id.
+        max_memory: bytes, or a size such as "2GiB", that the conversion may hold at a time, over what the interpreter
+            holds anyway; default: a quarter of the machine's. It bounds the number of workers.
+        workers: threads that work at the same time, at most; default: one for each core.
+        resume: "auto" continues an interrupted conversion in `output` if it is the same one, and refuses if it is
+            another; "required" refuses if there is none; "never" deletes it and begins anew.
         progress: called after each piece of work.
+
+    Under torchrun (RANK and WORLD_SIZE in the environment) every process has to call this: they share the work, and
+    all return when the output is complete.
 
     Returns:
         The report that is also in `output` as quantization_report.json.
 
     Raises:
         Llama4QuantError: bad source, scheme, pattern or output; a weight with NaN or Inf; a full disk. Nothing that
-            looks like a finished checkpoint is left behind.
+            looks like a finished checkpoint is left behind. What is finished is kept in `output` and continued by the
+            next call, except when a weight cannot be quantized: then nothing is kept, since the source has to change.
     """
     started = time.perf_counter()
-    chosen = preset(scheme)
-    folder, out = resolve(str(source), revision), Path(output)
-    with CheckpointReader.open(folder) as reader:
+    mode, rank = parse_resume(resume), Rank.from_environment()
+    storage, chosen = choose_format(format, scheme)
+    out = Path(output)
+    with open_source(str(source), revision) as reader:
         config = Llama4Config.from_dict(reader.config)
-        plan = make_plan(config, chosen, reader.tensors)
-        layout = layout_shards(plan.outputs, parse_size(max_shard_size))
-        with CheckpointWriter(out, layout, overwrite=overwrite, source=folder) as writer:
-            records = _convert_weights(plan, reader, writer, progress)
-            seconds = time.perf_counter() - started
-            report = make_report(plan, str(source), output=str(out), weights=records, seconds=seconds)
-            files = {REPORT_NAME: report.to_json(), "config.json": output_config(plan)}
-            writer.finish(files, {path.name: path for path in side_files(folder)})
-    return report
+        plan = make_plan(config, chosen, reader.tensors, storage)
+        items = work_items(plan)
+        memory = plan_memory(plan, items, max_memory, workers)
+        shard_size = parse_size(max_shard_size)
+        layout = layout_shards(plan.outputs, shard_size)
+        job = Job(
+            fingerprint=_fingerprint(reader, plan, shard_size),
+            resume=mode,
+            rank=rank.rank,
+            world_size=rank.world_size,
+            hopeless=(QuantizationError,),
+        )
+        with ExitStack() as stack:
+            with rank.meeting() as meet:
+                meet()
+                writer = stack.enter_context(
+                    CheckpointWriter(out, layout, overwrite=overwrite, source=reader.path, job=job)
+                )
+                mine = _share(plan, items, writer.records(), reader, rank)
+                meet()  # nobody begins before all have seen what is left
+            conversion = Conversion(plan, reader, writer)
+            conversion.run(items, mine, memory, progress)
+            return _publish(
+                writer,
+                num_items=len(items),
+                report=lambda: make_report(
+                    plan,
+                    str(source),
+                    memory=memory,
+                    output=str(out),
+                    weights=conversion.weight_records(items),
+                    seconds=time.perf_counter() - started,
+                ),
+                config=output_config(plan),
+                copies={path.name: path for path in side_files(reader.path)},
+            )
 
 
 def output_config(plan: Plan) -> dict[str, Any]:
-    """config.json of the quantized checkpoint: the source's, in BF16, with an exact `quantization_config`."""
-    assert plan.scheme is not None
+    """config.json of the output: the source's, in BF16, with an exact `quantization_config` if it is quantized."""
     config = copy.deepcopy(dict(plan.config.raw))
-    for section in (config, config.get("text_config") or {}):
-        section.update({key: "bfloat16" for key in ("torch_dtype", "dtype") if key in section})
-    config["quantization_config"] = compressed_tensors.quantization_config(plan.scheme, plan.ignore)
+    for section in (config, config.get("text_config"), config.get("vision_config")):
+        if isinstance(section, dict):
+            section.update({key: "bfloat16" for key in ("torch_dtype", "dtype") if key in section})
+    if plan.format is CheckpointFormat.FBGEMM_FP8:
+        config["quantization_config"] = fbgemm_fp8.quantization_config(plan.ignore)
+    elif plan.scheme is not None:
+        heads = [d.name for d in plan.decisions if d.role is Role.LM_HEAD and d.scheme is not None]
+        config["quantization_config"] = compressed_tensors.quantization_config(plan.scheme, plan.ignore, heads)
     return config
 
 
-def _convert_weights(
-    plan: Plan, reader: CheckpointReader, writer: CheckpointWriter, progress: Progress | None
-) -> tuple[WeightRecord, ...]:
-    records = []
-    for tensor in plan.tensors:
-        work: dict[str, _Work] = {}
-        for piece in read_pieces(reader, tensor):
-            work.setdefault(piece.decision.name, _Work(piece.decision)).do(piece, writer)
-            if progress is not None:
-                progress(piece.decision.name, piece.num_bytes)
-        records += [done.record() for done in work.values()]
-    return tuple(records)
+def _fingerprint(reader: CheckpointReader, plan: Plan, max_shard_size: int) -> dict[str, Any]:
+    """Everything that decides the bytes of the output."""
+    copied = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in side_files(reader.path)}
+    return {
+        "source": {**reader.facts, "copied": copied},
+        "scheme": None if plan.scheme is None else dataclasses.asdict(plan.scheme),
+        "settings": {"format": plan.format, "max_shard_size": max_shard_size},
+        "version": {"llama4_quant": __version__},
+    }
 
 
-class _Work:
-    """One weight on its way: writes its pieces and sums up their errors."""
+def _share(
+    plan: Plan, items: Sequence[WorkItem], done: Collection[int], reader: CheckpointReader, rank: Rank
+) -> list[WorkItem]:
+    """What this process has to do: every `world_size`-th of what is left, from front to back of the files."""
+    left = [item for item in items if item.id not in done][rank.rank :: rank.world_size]
+    entries = [reader.tensors[tensor.spec.name] for tensor in plan.tensors]
+    return sorted(left, key=lambda item: (entries[item.tensor].path.name, entries[item.tensor].start, item.id))
 
-    def __init__(self, decision: Decision) -> None:
-        self._decision = decision
-        self._error: WeightError | None = None
-        self._seconds = 0.0
 
-    def do(self, piece: Piece, writer: CheckpointWriter) -> None:
-        if self._decision.scheme is None:
-            writer.write(self._decision.outputs[0].name, finite_bf16(piece), row_start=piece.row_start)
-            return
-        started = time.perf_counter()
-        quantized = quantize_piece(piece)
-        error = measure(piece.values, quantized)
-        self._seconds += time.perf_counter() - started
-        self._error = error if self._error is None else self._error.merge(error)
-        for rows in encode_piece(piece, quantized):
-            writer.write(rows.name, rows.values, rows.row_start)
-
-    def record(self) -> WeightRecord:
-        quantized = self._error is not None
-        return weight_record(self._decision, self._error, self._seconds if quantized else None)
+def _publish(
+    writer: CheckpointWriter,
+    *,
+    num_items: int,
+    report: Callable[[], Report],
+    config: dict[str, Any],
+    copies: dict[str, Path],
+) -> Report:
+    """Whichever process finds all items finished makes the output visible; the others wait for that."""
+    while True:
+        others = writer.others_alive()  # asked first: what they finish before they end is in their journals
+        with writer.turn() as turn:
+            if not turn.here:
+                return Report.from_json(read_json(writer.out / REPORT_NAME))
+            num_missing = num_items - len(writer.records())
+            if not num_missing:
+                made = report()
+                writer.finish({REPORT_NAME: made.to_json(), CONFIG_NAME: config}, copies)
+                return made
+        if not others:
+            raise OutputError(
+                f"{writer.out}: {num_missing} of {num_items} pieces of work are missing, because another process of "
+                "this conversion has ended; run it again: it resumes"
+            )
+        time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -5,18 +5,18 @@ report stores it, the converter and the loader carry it out.
 """
 
 import difflib
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
-
-import torch
 
 from llama4_quant.architecture import LinearSpec, Llama4Config, Role, TensorSpec, linear_specs, tensor_specs
 from llama4_quant.checkpoint.layout import OutputTensor
 from llama4_quant.checkpoint.reader import TensorEntry
 from llama4_quant.errors import CheckpointError, SchemeError
-from llama4_quant.formats import compressed_tensors
+from llama4_quant.formats import bf16, compressed_tensors, fbgemm_fp8
+from llama4_quant.formats.choice import CheckpointFormat
 from llama4_quant.scheme import Scheme, Strategy, WeightScheme
 
 SOURCE_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -43,6 +43,13 @@ ALWAYS_KEPT = {
     Role.VISION_OTHER: "always BF16: norms, biases, positions",
 }
 
+_VLLM_FUSES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_FBGEMM_NOTE = (
+    "fbgemm-fp8: for transformers with fbgemm-gpu, on GPUs of compute capability 9.0 and up; vLLM and llama4-quant do "
+    "not load it"
+)
+_VLLM_FUSED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
@@ -55,6 +62,7 @@ class Decision:
         reason: why, in a few words.
         linear: where it comes from, for linear weights.
         outputs: the tensors it becomes.
+        fused: it is an expert of fused tensors, and becomes row `linear.expert` of dimension 0 of each output.
     """
 
     name: str
@@ -66,11 +74,12 @@ class Decision:
     linear: LinearSpec | None
     outputs: tuple[OutputTensor, ...]
     bytes_in: int
+    fused: bool = False
 
     @property
     def num_weights(self) -> int:
         """Number of elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def stored_as(self) -> str:
@@ -80,7 +89,7 @@ class Decision:
     @property
     def bytes_out(self) -> int:
         """Bytes in the output."""
-        return sum(output.nbytes for output in self.outputs)
+        return sum(output.row_nbytes if self.fused else output.nbytes for output in self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +113,15 @@ class Plan:
     scheme: Scheme | None
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...]
+    format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS
+
+    @property
+    def label(self) -> str:
+        """For tables and messages: scheme and format."""
+        if self.scheme is None:
+            return str(self.format)
+        is_default = self.format is CheckpointFormat.COMPRESSED_TENSORS
+        return self.scheme.label if is_default else f"{self.scheme.label}, {self.format}"
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -113,15 +131,22 @@ class Plan:
     @property
     def outputs(self) -> tuple[OutputTensor, ...]:
         """Every tensor of the output, in order of the model."""
-        return tuple(output for decision in self.decisions for output in decision.outputs)
+        return tuple(dict.fromkeys(output for decision in self.decisions for output in decision.outputs))
 
     @property
     def ignore(self) -> tuple[str, ...]:
         """Names of all linear modules that stay BF16: exactly the `ignore` list of quantization_config."""
-        return tuple(d.name for d in self.decisions if d.linear is not None and d.scheme is None)
+        kept = tuple(d.name for d in self.decisions if d.linear is not None and d.scheme is None)
+        # A tied head has no weight of its own, but loaders have a module for it, which `targets` would catch.
+        return (*kept, f"{self.config.prefix}lm_head") if self.config.text.tie_word_embeddings else kept
 
 
-def make_plan(config: Llama4Config, scheme: Scheme | None, entries: Mapping[str, TensorEntry] | None = None) -> Plan:
+def make_plan(
+    config: Llama4Config,
+    scheme: Scheme | None,
+    entries: Mapping[str, TensorEntry] | None = None,
+    format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,  # noqa: A002 - the flag's name
+) -> Plan:
     """Decide about every weight.
 
     Args:
@@ -129,6 +154,7 @@ def make_plan(config: Llama4Config, scheme: Scheme | None, entries: Mapping[str,
         scheme: what quantized weights become, and which; None keeps every weight (for inspection and plain loading).
         entries: the source's tensors by name; they must be exactly the model's. None plans for a BF16 source that
             nobody has looked at.
+        format: how the output is stored; see `choose_format` for the schemes that go with it.
 
     Raises:
         SchemeError: a role that the model lacks, a pattern that matches nothing, a weight that does not fit the scheme.
@@ -143,8 +169,10 @@ def make_plan(config: Llama4Config, scheme: Scheme | None, entries: Mapping[str,
         roles=_roles(scheme.quantize if scheme else (), specs),
         ignored=_match_ignore(scheme.ignore if scheme else (), linear_specs(config)),
     )
-    tensors = tuple(_plan_tensor(spec, chooser, entries[spec.name].dtype if entries else "BF16") for spec in specs)
-    plan = Plan(config=config, scheme=scheme, tensors=tensors, notes=_notes(tensors))
+    tensors = tuple(
+        _plan_tensor(spec, chooser, entries[spec.name].dtype if entries else "BF16", format) for spec in specs
+    )
+    plan = Plan(config=config, scheme=scheme, tensors=tensors, notes=_notes(tensors, format), format=format)
     _check_experts_agree(plan)
     if scheme is not None and not any(decision.scheme for decision in plan.decisions):
         raise SchemeError("nothing is left to quantize: --ignore matches every weight that the scheme applies to")
@@ -153,15 +181,13 @@ def make_plan(config: Llama4Config, scheme: Scheme | None, entries: Mapping[str,
 
 def check_not_quantized(config: Llama4Config) -> None:
     """Raise CheckpointError if config.json says that the source is quantized already."""
-    sections = [config.raw, config.raw.get("text_config") or {}]
-    for section in sections:
-        found = section.get("quantization_config")
-        if found:
-            method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "unknown"
-            raise CheckpointError(
-                f"the source is already quantized (config.json: quantization_config, quant_method {method!r}); "
-                "convert from the BF16 checkpoint instead"
-            )
+    found = config.quantization
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "unknown"
+        raise CheckpointError(
+            f"the source is already quantized (config.json: quantization_config, quant_method {method!r}); "
+            "convert from the BF16 checkpoint instead"
+        )
 
 
 def check_entries(specs: Sequence[TensorSpec], entries: Mapping[str, TensorEntry]) -> None:
@@ -169,7 +195,7 @@ def check_entries(specs: Sequence[TensorSpec], entries: Mapping[str, TensorEntry
     expected = {spec.name: spec for spec in specs}
     missing = [name for name in expected if name not in entries]
     if missing:
-        raise CheckpointError(f"{some_tensors(missing)} missing from the checkpoint, but config.json asks for it")
+        raise CheckpointError(f"{some_tensors(missing)} missing from the checkpoint, but part of config.json's model")
     unknown = [name for name in entries if name not in expected]
     if unknown:
         raise CheckpointError(f"{some_tensors(unknown)} in the checkpoint, but not part of the model in config.json")
@@ -211,10 +237,9 @@ class _Chooser:
         return weights, self.scheme.label
 
 
-def _plan_tensor(spec: TensorSpec, chooser: _Chooser, dtype: str) -> TensorPlan:
+def _plan_tensor(spec: TensorSpec, chooser: _Chooser, dtype: str, storage: CheckpointFormat) -> TensorPlan:
     element = SOURCE_DTYPES[dtype]
     if not spec.linears:
-        outputs = (OutputTensor(name=spec.name, dtype=torch.bfloat16, shape=spec.shape),)
         kept = Decision(
             name=spec.name,
             role=spec.role,
@@ -223,20 +248,53 @@ def _plan_tensor(spec: TensorSpec, chooser: _Chooser, dtype: str) -> TensorPlan:
             scheme=None,
             reason=ALWAYS_KEPT[spec.role],
             linear=None,
-            outputs=outputs,
+            outputs=bf16.output_tensors(spec.name, spec.shape),
             bytes_in=spec.num_weights * element,
         )
         return TensorPlan(spec=spec, dtype=dtype, decisions=(kept,))
-    return TensorPlan(
-        spec=spec, dtype=dtype, decisions=tuple(_plan_linear(linear, chooser, element) for linear in spec.linears)
-    )
+    if storage.fuses_experts and len(spec.shape) == 3:
+        decisions = tuple(_plan_fused(spec, chooser, element))
+    else:
+        decisions = tuple(_plan_linear(linear, chooser, element, storage) for linear in spec.linears)
+    return TensorPlan(spec=spec, dtype=dtype, decisions=decisions)
 
 
-def _plan_linear(linear: LinearSpec, chooser: _Chooser, element: int) -> Decision:
+def _plan_fused(spec: TensorSpec, chooser: _Chooser, element: int) -> Iterator[Decision]:
+    """One decision per expert: gate and up are stored, and so quantized, together."""
+    num_experts, in_features, out_features = spec.shape
+    parts = len(spec.linears) // num_experts
+    base, _, projection = spec.name.rpartition(".")
+    for expert in range(num_experts):
+        choices = [chooser.choose(linear) for linear in spec.linears[expert * parts : (expert + 1) * parts]]
+        weights, reason = choices[0]
+        name = f"{base}.{expert}.{projection}"
+        if any(other != weights for other, _ in choices):
+            raise SchemeError(f"{name}: gate and up are stored in one tensor here, but only one of them is in --ignore")
+        outputs = (bf16.output_tensors if weights is None else fbgemm_fp8.expert_tensors)(spec.name, spec.shape)
+        whole = replace(spec.linears[expert * parts], name=name, out_features=out_features, out_start=0)
+        yield Decision(
+            name=name,
+            role=spec.role,
+            layer=spec.layer,
+            shape=(out_features, in_features),
+            scheme=weights,
+            reason=reason,
+            linear=whole,
+            outputs=outputs,
+            bytes_in=whole.num_weights * element,
+            fused=True,
+        )
+
+
+def _plan_linear(linear: LinearSpec, chooser: _Chooser, element: int, storage: CheckpointFormat) -> Decision:
     weights, reason = chooser.choose(linear)
     shape = (linear.out_features, linear.in_features)
-    # A kept expert is stored on its own too: beside quantized experts, loaders expect one 2-D weight per expert.
-    kept = (OutputTensor(name=f"{linear.name}.weight", dtype=torch.bfloat16, shape=shape),)
+    if weights is None:
+        # A kept expert is stored on its own too: beside quantized experts, loaders expect one 2-D weight per expert.
+        outputs = bf16.output_tensors(f"{linear.name}.weight", shape)
+    else:
+        module = fbgemm_fp8 if storage is CheckpointFormat.FBGEMM_FP8 else compressed_tensors
+        outputs = module.output_tensors(linear.name, shape, weights)
     return Decision(
         name=linear.name,
         role=linear.role,
@@ -245,7 +303,7 @@ def _plan_linear(linear: LinearSpec, chooser: _Chooser, element: int) -> Decisio
         scheme=weights,
         reason=reason,
         linear=linear,
-        outputs=kept if weights is None else compressed_tensors.output_tensors(linear.name, shape, weights),
+        outputs=outputs,
         bytes_in=linear.num_weights * element,
     )
 
@@ -299,7 +357,9 @@ def _check_experts_agree(plan: Plan) -> None:
             )
 
 
-def _notes(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+def _notes(tensors: Sequence[TensorPlan], storage: CheckpointFormat) -> tuple[str, ...]:
+    if storage is CheckpointFormat.FBGEMM_FP8:
+        return (_FBGEMM_NOTE,)
     quantized = {d.role for t in tensors for d in t.decisions if d.scheme is not None}
     notes = []
     if quantized & {Role.VISION, Role.PROJECTOR}:
@@ -307,7 +367,24 @@ def _notes(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
             "vision or projector weights are quantized: llama4-quant and transformers load them, vLLM does not "
             "(it keeps both in BF16)"
         )
+    split = _split_fusions(tensors)
+    if split:
+        notes.append(
+            f"{', '.join(split[:2])}{f' and {len(split) - 2} more' if len(split) > 2 else ''}: quantized in part: "
+            "llama4-quant and transformers load that, vLLM does not (it fuses q, k and v, and gate and up)"
+        )
     return tuple(notes)
+
+
+def _split_fusions(tensors: Sequence[TensorPlan]) -> list[str]:
+    """Names of modules that vLLM makes of several linear weights, where these are not stored alike."""
+    fused = {part: whole for whole, parts in _VLLM_FUSES.items() for part in parts}
+    schemes: dict[str, set[WeightScheme | None]] = {}
+    for decision in (d for t in tensors for d in t.decisions if d.role in _VLLM_FUSED_ROLES):
+        base, _, projection = decision.name.rpartition(".")
+        if projection in fused:
+            schemes.setdefault(f"{base}.{fused[projection]}", set()).add(decision.scheme)
+    return [name for name, found in schemes.items() if len(found) > 1]
 
 
 def some_tensors(names: Sequence[str]) -> str:

@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llama4_quant._version import __version__
+from llama4_quant.checkpoint.manifest import CHECKSUM_KEY, with_self_checksum
 from llama4_quant.plan import Decision, Plan
 from llama4_quant.quantizers.error import WeightError
+from llama4_quant.work import MemoryUse
 
 REPORT_NAME = "quantization_report.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,7 @@ class Totals:
 
     Attributes:
         bits_per_weight: 8 * bytes_out / num_weights over the whole checkpoint.
-        quantized_bits_per_weight: the same over quantized weights only, scales included.
+        quantized_bits_per_weight: the same over quantized weights only, scales included; 0 if there are none.
         quantized_fraction: part of all weights that is quantized.
     """
 
@@ -83,11 +85,12 @@ class Report:
     Attributes:
         source: what was converted, as the user named it.
         output: where it went; None for a dry run.
-        scheme: name and settings of the scheme.
+        scheme: name and settings of the scheme; the format, where it is not compressed-tensors.
         roles: weights summed up by role, scheme and reason: coverage.
         notes: what to know about where the result can be loaded.
         ignore: the `ignore` list of quantization_config: every linear module that stays BF16.
         weights: a record per weight.
+        memory: how much memory it takes, and how many workers share it.
         seconds: wall time; None for a dry run.
     """
 
@@ -100,37 +103,58 @@ class Report:
     notes: tuple[str, ...]
     ignore: tuple[str, ...]
     weights: tuple[WeightRecord, ...]
+    memory: MemoryUse
     seconds: float | None
     schema_version: int = SCHEMA_VERSION
     llama4_quant_version: str = __version__
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for `json.dump`."""
-        return dataclasses.asdict(self)
+        """Plain data for `json.dump`, with a checksum of itself (see manifest.py)."""
+        return with_self_checksum(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Report":
+        """The inverse of `to_json`, once the data went through JSON."""
+        return cls(
+            **{key: value for key, value in content.items() if key != CHECKSUM_KEY}
+            | {
+                "totals": Totals(**content["totals"]),
+                "memory": MemoryUse(**content["memory"]),
+                "roles": tuple(
+                    RoleSummary(**role | {"shapes": tuple(map(tuple, role["shapes"]))}) for role in content["roles"]
+                ),
+                "weights": tuple(
+                    WeightRecord(**weight | {"shape": tuple(weight["shape"])}) for weight in content["weights"]
+                ),
+                "notes": tuple(content["notes"]),
+                "ignore": tuple(content["ignore"]),
+            }
+        )
 
 
 def make_report(
     plan: Plan,
     source: str,
     *,
+    memory: MemoryUse,
     output: str | None = None,
     weights: Sequence[WeightRecord] | None = None,
     seconds: float | None = None,
 ) -> Report:
     """Report a plan, and what came of it where `weights` are given."""
-    assert plan.scheme is not None
     decisions = plan.decisions
     records = [weight_record(decision) for decision in decisions] if weights is None else weights
     return Report(
         source=source,
         output=output,
         architecture=plan.config.architecture,
-        scheme=plan.scheme.label,
+        scheme=plan.label,
         totals=_totals(decisions),
         roles=_summarise(decisions),
         notes=plan.notes,
         ignore=plan.ignore,
         weights=tuple(records),
+        memory=memory,
         seconds=seconds,
     )
 
@@ -163,7 +187,7 @@ def _totals(decisions: Sequence[Decision]) -> Totals:
         bytes_in=sum(d.bytes_in for d in decisions),
         bytes_out=bytes_out,
         bits_per_weight=8 * bytes_out / num_weights,
-        quantized_bits_per_weight=8 * sum(d.bytes_out for d in quantized) / num_quantized,
+        quantized_bits_per_weight=8 * sum(d.bytes_out for d in quantized) / max(1, num_quantized),
         quantized_fraction=num_quantized / num_weights,
     )
 

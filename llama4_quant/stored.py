@@ -66,11 +66,8 @@ def quantized_weights(config: Llama4Config, entries: Mapping[str, TensorEntry]) 
 
 def quantization_section(config: Llama4Config) -> Mapping[str, object] | None:
     """`quantization_config` of config.json, or None for a checkpoint that is not quantized."""
-    for section in (config.raw, config.raw.get("text_config") or {}):
-        found = section.get("quantization_config")
-        if isinstance(found, Mapping) and found:
-            return found
-    return None
+    found = config.quantization
+    return found if isinstance(found, Mapping) and found else None
 
 
 def _weights_of(

@@ -5,7 +5,7 @@ its down projection). A large 2-D weight comes in chunks of rows. So what is hel
 model: Maverick's 21.5 GB `gate_up_proj` passes through as 128 slices of 168 MB.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,14 @@ import torch
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.errors import QuantizationError
 from llama4_quant.formats.compressed_tensors import EncodedRows, encode_rows
-from llama4_quant.plan import SOURCE_DTYPES, Decision, TensorPlan
+from llama4_quant.formats.fbgemm_fp8 import encode_expert
+from llama4_quant.plan import Decision, TensorPlan
+from llama4_quant.quantizers.lanes import CHUNK_ELEMENTS
 from llama4_quant.quantizers.quantize import QuantizedWeight, quantize_weight
-from llama4_quant.scheme import FP8_BLOCK_SIZE
+from llama4_quant.work import CHUNK_BYTES, WorkItem, item_decisions, tensor_items
 
-CHUNK_BYTES = 128 * 2**20
+Progress = Callable[[str, int], None]
+"""Called after each piece with the weight's name and the source bytes that are now done more than before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,7 @@ class Piece:
 
     Attributes:
         values: [rows, in] for linear weights (a view that may be strided: transposed experts), [rows, ...] otherwise.
+            Of fused experts that stay as they are: [1, in, out], a row being an expert.
         num_bytes: source bytes that this piece accounts for.
     """
 
@@ -37,15 +41,38 @@ class Piece:
 
 def read_pieces(reader: CheckpointReader, tensor: TensorPlan, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Piece]:
     """Read one source tensor; pieces come in stored order, and cover every weight exactly once."""
-    if len(tensor.spec.shape) == 3:
-        yield from _expert_pieces(reader, tensor)
+    for item in tensor_items(tensor, chunk_bytes=chunk_bytes):
+        yield from read_item(reader, tensor, item)
+
+
+def read_item(
+    reader: CheckpointReader, tensor: TensorPlan, item: WorkItem, buffer: torch.Tensor | None = None
+) -> Iterator[Piece]:
+    """Read one work item of a tensor.
+
+    Args:
+        reader: the source.
+        tensor: the tensor.
+        item: one of its items.
+        buffer: uint8 memory of at least `item.num_bytes` to read into; the pieces are views of it. Default: fresh.
+    """
+    entry = reader.tensors[tensor.spec.name]
+    shape = (item.stop - item.start, *entry.shape[2 if item.expert is not None else 1 :])
+    out = None if buffer is None else buffer[: item.num_bytes].view(entry.torch_dtype).view(shape)
+    if item.expert is None:
+        (decision,) = tensor.decisions
+        yield _piece(decision, reader.read_rows(entry.name, item.start, item.stop, out=out), item.start)
         return
-    (decision,) = tensor.decisions
-    num_rows = tensor.spec.shape[0]
-    step = _rows_per_chunk(tensor, chunk_bytes)
-    for start in range(0, num_rows, step):
-        values = reader.read_rows(tensor.spec.name, start, min(start + step, num_rows))
-        yield _piece(decision, values, start)
+    stored_IN = reader.read_slice(entry.name, item.expert, item.start, item.stop, out=out)
+    for decision in item_decisions(tensor, item):
+        linear = decision.linear
+        assert linear is not None
+        assert linear.expert == item.expert
+        if decision.fused and decision.scheme is None:
+            yield _piece(decision, stored_IN.unsqueeze(0), item.expert)
+            continue
+        columns = stored_IN[:, linear.out_start : linear.out_start + linear.out_features]
+        yield _piece(decision, columns.T, 0)
 
 
 def quantize_piece(piece: Piece) -> QuantizedWeight:
@@ -63,6 +90,11 @@ def quantize_piece(piece: Piece) -> QuantizedWeight:
 
 def encode_piece(piece: Piece, quantized: QuantizedWeight) -> tuple[EncodedRows, ...]:
     """What a quantized piece contributes to the stored tensors of its weight."""
+    linear = piece.decision.linear
+    if piece.decision.fused:
+        assert linear is not None
+        assert linear.expert is not None
+        return encode_expert(linear.source, quantized.codes, quantized.scale, linear.expert)
     return encode_rows(piece.decision.name, quantized, row_start=piece.row_start, out_features=piece.decision.shape[0])
 
 
@@ -70,33 +102,16 @@ def finite_bf16(piece: Piece) -> torch.Tensor:
     """The values of a kept piece, as they are stored: contiguous bfloat16.
 
     Raises:
-        QuantizationError: NaN or Inf; the message names the weight.
+        QuantizationError: NaN or Inf, or a float32 beyond bfloat16; the message names the weight.
     """
-    if not bool(torch.isfinite(piece.values).all()):
+    values = piece.values.to(torch.bfloat16).contiguous()
+    # In parts, because `isfinite` makes temporaries as large as its argument.
+    if not all(bool(torch.isfinite(part).all()) for part in torch.split(values.view(-1), CHUNK_ELEMENTS)):
         raise QuantizationError(
             f"{piece.decision.name}: holds NaN or Inf between rows {piece.row_start} and "
             f"{piece.row_start + len(piece.values)}; the checkpoint is damaged: download it again"
         )
-    return piece.values.to(torch.bfloat16).contiguous()
-
-
-def _rows_per_chunk(tensor: TensorPlan, chunk_bytes: int) -> int:
-    """A multiple of 128 rows, so that chunks never cut an FP8 block."""
-    row_bytes = SOURCE_DTYPES[tensor.dtype] * max(1, tensor.spec.num_weights // tensor.spec.shape[0])
-    return max(1, chunk_bytes // (row_bytes * FP8_BLOCK_SIZE)) * FP8_BLOCK_SIZE
-
-
-def _expert_pieces(reader: CheckpointReader, tensor: TensorPlan) -> Iterator[Piece]:
-    num_experts, num_inputs, _ = tensor.spec.shape
-    parts = len(tensor.decisions) // num_experts
-    for expert in range(num_experts):
-        stored_IN = reader.read_slice(tensor.spec.name, expert, 0, num_inputs)
-        for decision in tensor.decisions[expert * parts : (expert + 1) * parts]:
-            linear = decision.linear
-            assert linear is not None
-            assert linear.expert == expert
-            columns = stored_IN[:, linear.out_start : linear.out_start + linear.out_features]
-            yield _piece(decision, columns.T, 0)
+    return values
 
 
 def _piece(decision: Decision, values: torch.Tensor, row_start: int) -> Piece:

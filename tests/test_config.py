@@ -56,6 +56,32 @@ def test_what_transformers_writes_means_the_same(name: str) -> None:
     assert (again.text, again.vision, again.image_token_index) == (ours.text, ours.vision, ours.image_token_index)
 
 
+def test_rope_scaling_wins_over_rope_parameters(scout: dict) -> None:
+    """As in transformers 5, where a file that has both would otherwise give another model."""
+    scout["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 7.0}
+    theirs = HfConfig.from_dict(copy.deepcopy(scout)).text_config.rope_parameters
+    ours = parse(scout).text
+    assert ours.rope_scaling is not None
+    assert (ours.rope_scaling.factor, ours.rope_theta) == (theirs["factor"], theirs["rope_theta"]) == (16.0, 500_000.0)
+
+
+def test_tied_embeddings_are_the_text_sections_choice(scout: dict) -> None:
+    """The language model in transformers is built from `text_config` alone; the value above it changes nothing."""
+    scout["tie_word_embeddings"] = True
+    assert parse(scout).text.tie_word_embeddings is False
+    scout["text_config"]["tie_word_embeddings"] = True
+    assert parse(scout).text.tie_word_embeddings is True
+
+
+def test_quantization_is_found_in_both_places_and_junk_is_passed_over(scout: dict) -> None:
+    assert not parse(scout).quantization
+    scout["text_config"]["quantization_config"] = {"quant_method": "inner"}
+    assert parse(scout).quantization == {"quant_method": "inner"}
+    scout["quantization_config"] = {"quant_method": "outer"}
+    assert parse(scout).quantization == {"quant_method": "outer"}
+    assert not parse({**raw_config("scout")["text_config"], "text_config": [1]}).quantization
+
+
 def test_flat_text_only_file_is_the_same_decoder(scout: dict) -> None:
     flat = parse({**scout["text_config"], "architectures": ["Llama4ForCausalLM"]})
     assert flat.text == parse(scout).text
@@ -108,6 +134,9 @@ BAD_TEXT = [
     ("rope_scaling", {"rope_type": "llama3"}, "factor is missing"),
     ("rope_scaling", [1], "an object"),
     ("use_qk_norm", "yes", "true or false"),
+    ("head_dim", 127, "head_dim 127 is odd"),
+    ("num_local_experts", 2000, "48 MoE layers of 2000 experts"),
+    ("eos_token_id", [[1]], "a list of non-negative integers"),
 ]
 
 
@@ -126,6 +155,9 @@ def test_bad_text_values_name_the_key(scout: dict, key: str, value: object, mess
         ("intermediate_size", 1408, "pixel_shuffle_ratio"),
         ("projector_input_dim", 512, "must be equal"),
         ("num_attention_heads", 15, "multiple of num_attention_heads"),
+        ("num_attention_heads", 704, "multiple of 4"),
+        ("image_size", 350, "1/n, with n dividing"),
+        ("pixel_shuffle_ratio", 2.0, "1/n, with n dividing"),
     ],
 )
 def test_vision_sizes_must_fit(scout: dict, key: str, value: object, message: str) -> None:

@@ -14,10 +14,18 @@ from safetensors.torch import load_file
 import llama4_quant
 from llama4_quant.architecture import Llama4Config, linear_specs
 from llama4_quant.convert import convert, dry_run
-from llama4_quant.errors import CheckpointError, ConfigError, Llama4QuantError, OutputError, QuantizationError
+from llama4_quant.errors import (
+    CheckpointError,
+    ConfigError,
+    Llama4QuantError,
+    OutputError,
+    QuantizationError,
+    UsageError,
+)
 from llama4_quant.formats import compressed_tensors
 from llama4_quant.inspect import inspect
 from llama4_quant.quantizers.quantize import dequantize_weight, quantize_weight
+from llama4_quant.runtime.loader import _placement as placement
 from llama4_quant.scheme import Scheme, preset
 
 ALL_ROLES = ("attention", "lm-head", "vision", "projector")
@@ -107,14 +115,19 @@ def test_repeated_conversion_is_byte_identical(source: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_sources_in_other_float_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
-    config = text_config(torch_dtype=str(dtype).removeprefix("torch."))
+    spelled = str(dtype).removeprefix("torch.")
+    config = multimodal_config() | {"torch_dtype": spelled}
+    for section in ("text_config", "vision_config"):
+        config[section] = config[section] | {"torch_dtype": spelled}
     tensors = random_tensors(config, dtype=dtype)
     source = write_checkpoint(tmp_path / "source", config, tensors)
     convert(source, tmp_path / "out", scheme="FP8_DYNAMIC")
     after = read_all(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert torch.equal(after["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"].bfloat16())
-    name = "model.layers.0.feed_forward.gate_proj"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {x["torch_dtype"] for x in (written, written["text_config"], written["vision_config"])} == {"bfloat16"}
+    embedding = "language_model.model.embed_tokens.weight"
+    assert torch.equal(after[embedding], tensors[embedding].bfloat16())
+    name = "language_model.model.layers.0.feed_forward.gate_proj"
     expected = quantize_weight(tensors[f"{name}.weight"], preset("FP8_DYNAMIC").weights)
     assert torch.equal(after[f"{name}.weight"].view(torch.uint8), expected.codes.view(torch.uint8))
 
@@ -132,8 +145,18 @@ def test_side_files_and_config(source: Path, tmp_path: Path) -> None:
     assert index["weight_map"].keys() == read_all(out).keys()
     assert {path.name for path in out.iterdir()} == {
         "generation_config.json", "tokenizer.json", "chat_template.jinja", "config.json",
-        "model.safetensors.index.json", "quantization_report.json", *set(index["weight_map"].values()),
+        "model.safetensors.index.json", "quantization_report.json", "manifest.json", *set(index["weight_map"].values()),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("roles", "targets"), [((), []), (("lm-head",), ["language_model.lm_head"])])
+def test_a_quantized_head_is_a_target_by_name(
+    source: Path, tmp_path: Path, roles: tuple[str, ...], targets: list[str]
+) -> None:
+    """In vLLM the head is a ParallelLMHead, which the class name "Linear" does not reach."""
+    convert(source, tmp_path / "out", scheme=preset("W4A16", quantize=roles))
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert section["config_groups"]["group_0"]["targets"] == ["Linear", *targets]
 
 
 def test_report_measures_each_weight(source: Path, tmp_path: Path) -> None:
@@ -242,6 +265,30 @@ def test_bad_source(tmp_path: Path, change: str, name: str, kind: type[Exception
     assert not (tmp_path / "out").exists()
 
 
+def test_float32_beyond_bfloat16_is_not_written_as_inf(tmp_path: Path) -> None:
+    config = text_config()
+    tensors = random_tensors(config, dtype=torch.float32)
+    tensors["model.norm.weight"][3] = torch.finfo(torch.float32).max
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    with pytest.raises(QuantizationError, match=r"model\.norm\.weight"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_devices_that_cannot_hold_a_model(source: Path) -> None:
+    with pytest.raises(UsageError, match="device meta cannot be used here"):
+        llama4_quant.load(source, device="meta")
+
+
+def test_no_memory_for_the_model_is_one_message() -> None:
+    # An embedding of 2^40 rows of 128 bf16 values: 2^48 bytes, more than a process can address.
+    config = Llama4Config.from_dict(text_config(vocab_size=2**40, tie_word_embeddings=True, moe_layers=[]))
+    target = placement("cpu", torch.bfloat16, "sdpa")
+    schemes = {linear.name: None for linear in linear_specs(config)}
+    with pytest.raises(UsageError, match=r"no memory for 281,\d{3},\d{3},\d{3},\d{3} bytes of weights on cpu"):
+        target.model(config, schemes)
+
+
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(CheckpointError, match=str(path)):
@@ -282,10 +329,14 @@ def test_disk_full_half_way(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(OutputError, match=r"(?i)space"):
-        convert(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(OutputError, match=r"(?i)space"):
+            convert(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="unfinished output"):
+        llama4_quant.load(tmp_path / "out")
+    convert(source, tmp_path / "out")
+    assert read_all(tmp_path / "out")
 
 
 def test_failed_overwrite_keeps_the_old_checkpoint(source: Path, tmp_path: Path) -> None:

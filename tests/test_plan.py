@@ -1,6 +1,7 @@
 """Decisions about weights: defaults, roles, patterns, refusals; and the dry run on the real configurations."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,39 @@ def test_block_scheme_leaves_qkv_alone() -> None:
 def test_quantized_vision_is_noted() -> None:
     assert plan_for().notes == ()
     assert "vLLM does not" in plan_for(quantize=["vision"]).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("ignore", "fused"),
+    [
+        ([r"re:.*layers\.0\..*\.gate_proj"], "layers.0.feed_forward.gate_up_proj"),
+        ([r"re:.*shared_expert\.up_proj"], "layers.3.feed_forward.shared_expert.gate_up_proj"),
+        ([r"re:.*layers\.2\..*k_proj"], "layers.2.self_attn.qkv_proj"),
+    ],
+)
+def test_partly_quantized_fusions_are_noted(ignore: list[str], fused: str) -> None:
+    """vLLM raises where the parts of its fused modules differ."""
+    (note,) = plan_for(ignore=ignore, quantize=["attention"]).notes
+    assert fused in note
+    assert "vLLM does not" in note
+
+
+@pytest.mark.parametrize("ignore", [r"re:.*down_proj$", r"re:.*(gate|up)_proj$", r"re:.*[qkv]_proj$"])
+def test_whole_fusions_are_not_noted(ignore: str) -> None:
+    config = multimodal_config(moe_layers=[])
+    assert plan_for(config, ignore=[ignore], quantize=["attention"]).notes == ()
+
+
+def test_sizes_beyond_64_bits_are_counted() -> None:
+    config = text_config(vocab_size=2**40, hidden_size=2**40)
+    embedding = next(d for d in plan_for(config).decisions if d.role is Role.EMBEDDING)
+    assert embedding.num_weights == 2**80
+
+
+@pytest.mark.parametrize(("make_config", "prefix"), [(text_config, ""), (multimodal_config, "language_model.")])
+def test_tied_head_is_ignored(make_config: Callable[..., dict], prefix: str) -> None:
+    """It is no weight of the checkpoint, but a Linear in transformers, which would look for its codes."""
+    assert plan_for(make_config(tie_word_embeddings=True)).ignore[-1] == f"{prefix}lm_head"
 
 
 @pytest.mark.parametrize("where", ["top", "text_config"])

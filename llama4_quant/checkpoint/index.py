@@ -106,8 +106,8 @@ def _advice_for_folder(root: Path, names: list[str]) -> str:
         return f"{CONFIG_NAME} is missing: download it into this folder"
     if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names) or "params.json" in names:
         return (
-            "this is Meta's original layout (consolidated.NN.pth), which is not supported yet; use the repository "
-            "without -Original in its name"
+            "in Meta's original layout, params.json and consolidated.00.pth, consolidated.01.pth, ... stand side by "
+            "side: download them into this folder"
         )
     if ".gguf" in suffixes:
         return "GGUF files are quantized already and cannot be read; start from the BF16 checkpoint on the Hub"

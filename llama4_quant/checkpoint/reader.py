@@ -22,6 +22,7 @@ from llama4_quant.checkpoint.header import TensorEntry, read_header
 from llama4_quant.checkpoint.index import check_against_index, check_folder, shards_of
 from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.paths import CONFIG_NAME, locate
+from llama4_quant.checkpoint.resume import source_facts
 from llama4_quant.errors import CheckpointError
 
 __all__ = ["CheckpointReader", "TensorEntry", "read_json"]
@@ -66,7 +67,7 @@ class CheckpointReader:
             descriptors: dict[Path, int] = {}
             for name, promised in shards_of(path).items():
                 shard = locate(path, name)
-                descriptors[shard] = _open_file(shard, files)
+                descriptors[shard] = open_file(shard, files)
                 entries = read_header(descriptors[shard], shard)
                 if promised is not None:
                     check_against_index(shard, promised, entries)
@@ -87,6 +88,16 @@ class CheckpointReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the source is, for fingerprints: by file, size, time of change and what a header says."""
+        return source_facts(self.tensors, self.files)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What decides, beside the files of `tensors`, what is read."""
+        return (self.path / CONFIG_NAME,)
 
     def read(self, name: str, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """The whole tensor, in its stored dtype, in a fresh buffer or in `out` (same shape and dtype, contiguous).
@@ -136,24 +147,33 @@ class CheckpointReader:
                 f"{entry.name}: expected a contiguous buffer {entry.torch_dtype} {list(shape)}, found {out.dtype} "
                 f"{list(out.shape)}"
             )
-        view = byte_view(out)
-        try:
-            count = read_into(self._descriptors[entry.path], view, start)
-        except KeyError:
-            raise CheckpointError(f"{entry.path}: the checkpoint is closed; read inside its `with` block") from None
-        except OSError as problem:
-            raise CheckpointError(
-                f"{entry.path}: reading {entry.name} failed: {problem.strerror}; check the disk"
-            ) from problem
-        if count < len(view):
-            raise CheckpointError(
-                f"{entry.path}: {entry.name}: expected {len(view):,} bytes, found {count:,}: the file became shorter "
-                "while it was in use; download it again"
-            )
+        self._fill(entry, start - entry.start, out)
         return out
 
+    def _fill(self, entry: TensorEntry, offset: int, out: torch.Tensor) -> None:
+        """Fill `out` with the tensor's bytes from its byte `offset` on."""
+        self._read_bytes(entry.path, entry.start + offset, byte_view(out), entry.name)
 
-def _open_file(path: Path, files: ExitStack) -> int:
+    def _read_bytes(self, path: Path, start: int, view: memoryview, name: str) -> None:
+        try:
+            count = read_into(self._descriptors[path], view, start)
+        except KeyError:
+            raise CheckpointError(f"{path}: the checkpoint is closed; read inside its `with` block") from None
+        except OSError as problem:
+            raise CheckpointError(f"{path}: reading {name} failed: {problem.strerror}; check the disk") from problem
+        if count < len(view):
+            raise CheckpointError(
+                f"{path}: {name}: expected {len(view):,} bytes, found {count:,}: the file became shorter while it was "
+                "in use; download it again"
+            )
+
+
+def open_file(path: Path, files: ExitStack) -> int:
+    """Open `path` for reading until `files` is closed.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as problem:

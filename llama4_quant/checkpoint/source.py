@@ -4,29 +4,15 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub import errors as hub
-
+from llama4_quant.checkpoint.hub import SIDE_PATTERNS, download_checkpoint
+from llama4_quant.checkpoint.hub_reader import HubReader
 from llama4_quant.checkpoint.json_files import shown
+from llama4_quant.checkpoint.meta import MetaReader, is_meta_layout
 from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, is_plain_name, locate
+from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.errors import CheckpointError, UsageError
 
-_SIDE_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*processor_config.json",
-    "generation_config.json",
-    "chat_template*",
-    "LICENSE*",
-    "USE_POLICY*",
-    "*.tiktoken",
-    "*.model",
-)
 _NEVER_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"}
-_DOWNLOADED = ("*.safetensors", "*.json", *_SIDE_PATTERNS)
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 _FILE_SUFFIXES = (".safetensors", ".json", ".gguf", ".bin", ".pth", ".pt")
 
@@ -45,19 +31,33 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
         CheckpointError: no such folder or repository, no access to it, or no connection.
         UsageError: a revision of a local folder.
     """
-    path = _existing(path_or_id)
+    path = _local(path_or_id, revision)
+    return download_checkpoint(path_or_id, revision) if path is None else path
+
+
+def open_source(path_or_id: str, revision: str | None = None, *, download_to: Path | None = None) -> CheckpointReader:
+    """Open a checkpoint; with `download_to`, a Hub repository whose shards come one by one and are deleted after use.
+
+    Args:
+        path_or_id: as for `resolve`.
+        revision: as for `resolve`.
+        download_to: the folder for a few shards at a time, best inside the output; it is made, and belongs to the
+            reader (a `HubReader`). None for a local folder or the Hub's cache, where nothing is ever deleted.
+
+    Raises:
+        CheckpointError: as for `resolve` and `CheckpointReader.open` (`MetaReader.open` for Meta's layout).
+        UsageError: as for `resolve`; or `download_to` with a local folder.
+    """
+    if download_to is None:
+        folder = resolve(path_or_id, revision)
+        return MetaReader.open(folder) if is_meta_layout(folder) else CheckpointReader.open(folder)
+    path = _local(path_or_id, revision)
     if path is not None:
-        if revision is not None:
-            raise UsageError(
-                f"{path}: --revision {revision} is for Hub repositories, and this is a local path; drop it"
-            )
-        return path
-    if not _REPOSITORY_ID.fullmatch(path_or_id) or path_or_id.endswith(_FILE_SUFFIXES):
-        raise CheckpointError(
-            f"{shown(path_or_id)}: expected an existing folder or a Hub id (organisation/name), and there is nothing "
-            "at this path; check the spelling"
+        raise UsageError(
+            f"{path}: --delete-source-shards deletes only shards that it has downloaded itself, never files of a local "
+            "folder or of the Hub's cache; drop it, or give a Hub id (organisation/name)"
         )
-    return _download(path_or_id, revision)
+    return HubReader.connect(path_or_id, revision, folder=download_to)
 
 
 def side_files(source: Path) -> tuple[Path, ...]:
@@ -69,6 +69,19 @@ def side_files(source: Path) -> tuple[Path, ...]:
         CheckpointError: one of them is a link that leaves the checkpoint.
     """
     return tuple(locate(source, path.name) for path in sorted(source.iterdir()) if _is_side_file(path))
+
+
+def _local(path_or_id: str, revision: str | None) -> Path | None:
+    """The local folder that is meant, or None for a Hub id."""
+    path = _existing(path_or_id)
+    if path is not None and revision is not None:
+        raise UsageError(f"{path}: --revision {revision} is for Hub repositories, and this is a local path; drop it")
+    if path is None and (not _REPOSITORY_ID.fullmatch(path_or_id) or path_or_id.endswith(_FILE_SUFFIXES)):
+        raise CheckpointError(
+            f"{shown(path_or_id)}: expected an existing folder or a Hub id (organisation/name), and there is nothing "
+            "at this path; check the spelling"
+        )
+    return path
 
 
 def _existing(path: str) -> Path | None:
@@ -83,43 +96,4 @@ def _is_side_file(path: Path) -> bool:
     name = path.name
     if not is_plain_name(name) or name in {CONFIG_NAME, INDEX_NAME} or path.suffix in _NEVER_COPIED or path.is_dir():
         return False
-    return any(fnmatchcase(name, pattern) for pattern in _SIDE_PATTERNS)
-
-
-def _download(repository: str, revision: str | None) -> Path:
-    at = f"{repository} at revision {revision}" if revision else repository
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=list(_DOWNLOADED), ignore_patterns=["*/*", "*.py"]
-        )
-    except hub.GatedRepoError as problem:
-        raise CheckpointError(
-            f"{at}: access is restricted; accept the licence at https://huggingface.co/{repository} and log in with "
-            "`hf auth login`, or set HF_TOKEN"
-        ) from problem
-    except hub.RevisionNotFoundError as problem:
-        raise CheckpointError(f"{at}: the repository has no such revision; give a branch, tag or commit") from problem
-    except hub.RepositoryNotFoundError as problem:
-        raise CheckpointError(
-            f"{at}: neither a local folder nor a repository that you can see on the Hub; check the spelling, and log "
-            "in with `hf auth login` if it is private"
-        ) from problem
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as problem:
-        raise CheckpointError(
-            f"{at}: not complete in the local cache, and the Hub cannot be reached (no connection, or HF_HUB_OFFLINE "
-            f"is set); connect, or give the path of a local folder. The Hub client says: {_first_line(problem)}"
-        ) from problem
-    except hub.HfHubHTTPError as problem:
-        raise CheckpointError(
-            f"{at}: the Hub refused: {_first_line(problem)}; for 401 or 403 check HF_TOKEN or log in again with "
-            "`hf auth login`, otherwise run the command again later: it resumes"
-        ) from problem
-    except Exception as problem:  # the client's transport, and so its errors, differ by version
-        raise CheckpointError(
-            f"{at}: the download failed: {_first_line(problem)}; run the command again, it resumes"
-        ) from problem
-    return Path(folder)
-
-
-def _first_line(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return any(fnmatchcase(name, pattern) for pattern in SIDE_PATTERNS)

@@ -7,23 +7,28 @@ removed, and until the new config.json is in place (some renames, milliseconds) 
 window leaves the staging folder and no config.json: readers call that an unfinished output, and the next run replaces
 it.
 
-A lock on a file in the staging folder keeps a second process out; the kernel releases it when its holder dies.
+What is staged may be kept, to be continued by a later process: then the folder also holds a fingerprint of the job
+(resume.py), journals (journal.py), and, once the renames have begun, a mark that says so. Locks (locks.py) keep other
+conversions out.
 """
 
-import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
+from llama4_quant.checkpoint.buffers import write_from
+from llama4_quant.checkpoint.files import has_size, no_space, os_errors, replacing, reserve, sync_folder
 from llama4_quant.checkpoint.layout import SHARD_NAME
+from llama4_quant.checkpoint.locks import LOCK_NAME, TURN_NAME, FolderLock, Turn
 from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, STAGING_NAME
 from llama4_quant.errors import OutputError
 
-_LOCK_NAME = "lock"
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_PUBLISHING_NAME = "publishing"
+_BLOCK = 512
+_COPY_BYTES = 2**20
 
 
 class Staging:
@@ -32,38 +37,64 @@ class Staging:
     Attributes:
         out: the output folder, links resolved.
         folder: the staging folder inside it.
+        alone: whether no other process was at work in it.
+        was_publishing: whether an earlier process had begun to replace the files of `out`.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, source: Path | None = None) -> None:
-        """Check that `out` may be written, create it if need be, and take its lock.
+    def __init__(self, out: Path, *, overwrite: bool, source: Path | None = None, together: bool = False) -> None:
+        """Check that `out` may be written, create it if need be, and take its lock; what is staged is not touched.
 
         Args:
             out: the output folder; its parents are created too.
             overwrite: whether an existing checkpoint in it may be replaced.
             source: the checkpoint that is being read, which must not be replaced.
+            together: work in it together with other processes; until `ready` they wait.
 
         Raises:
             OutputError: `out` is the source, is not a folder, holds something else, or another process writes to it.
         """
         self.out = out.resolve()
         self.folder = self.out / STAGING_NAME
-        self._publishing = False
-        with os_errors(f"{out}: cannot be created"):
+        self._together = together
+        with os_errors(f"{out}: cannot be created", self.out, 1):
             self._made_out = not self.out.exists()
             _check_output(self.out, overwrite=overwrite, source=source)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock: int | None = _take_lock(self.folder)
+            self._turn = Turn(self.folder) if together else None
             try:
-                _empty(self.folder)
+                self._lock = FolderLock(self.folder, together=together)
             except BaseException:
-                self._unlock()
+                self._end_turn()
                 raise
+        self.alone = self._lock.alone
+        self.was_publishing = (self.folder / _PUBLISHING_NAME).exists()
+        self._publishing = self.was_publishing
+
+    def ready(self) -> None:
+        """Everything is set up: let the processes in that this one works together with."""
+        if self._together:
+            self._lock.share()
+        self._end_turn()
+
+    def empty(self) -> None:
+        """Remove what an earlier process has left, but not the locks."""
+        with os_errors(f"{self.folder}: cannot be emptied"):
+            for entry in list(self.folder.iterdir()):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name not in {LOCK_NAME, TURN_NAME}:
+                    entry.unlink()
+        self.was_publishing = False
+
+    def allocated(self) -> int:
+        """Bytes of disk that staged files occupy already."""
+        return sum(path.stat().st_blocks * _BLOCK for path in self.folder.iterdir())
 
     def require_space(self, needed: int) -> None:
         """Raise OutputError if the file system has less than `needed` bytes free."""
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise OutputError(f"{self.out}: {_no_space(needed, free)}")
+            raise OutputError(f"{self.out}: {no_space(needed, free)}")
 
     def allocate(self, name: str, nbytes: int) -> int:
         """Create a file of `nbytes` whose disk blocks are reserved; returns its descriptor, open for writing.
@@ -74,31 +105,62 @@ class Staging:
         with os_errors(f"{self.out / name}: cannot reserve {nbytes:,} bytes", self.folder, nbytes):
             descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
-                _reserve(descriptor, nbytes)
+                reserve(descriptor, nbytes)
             except BaseException:
                 os.close(descriptor)
                 raise
             return descriptor
 
-    def put(self, name: str, data: bytes) -> None:
-        """Write a small file and sync it."""
-        with (
-            os_errors(f"{self.out / name}: cannot be written", self.folder, len(data)),
-            (self.folder / name).open("xb") as file,
-        ):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    def reopen(self, name: str, nbytes: int) -> int | None:
+        """A file that `allocate` has made in an earlier process; None if it is in `out` already.
 
-    def copy(self, name: str, origin: Path) -> None:
-        """Copy the content of a file (through links) and sync it."""
+        Raises:
+            OutputError: it is missing, or has another size.
+        """
+        staged = self.folder / name
+        with os_errors(f"{staged}: cannot be opened"):
+            if has_size(staged, nbytes):
+                return os.open(staged, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if self.was_publishing and not staged.exists() and has_size(self.out / name, nbytes):
+            return None
+        raise OutputError(
+            f"{staged}: expected {nbytes:,} bytes from the interrupted run, and the file is missing or has another "
+            "size; give --resume never to start anew"
+        )
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file and sync it; an earlier one is replaced."""
+        what = f"{self.out / name}: cannot be written"
+        with os_errors(what, self.folder, len(data)), replacing(self.folder / name) as descriptor:
+            write_from(descriptor, memoryview(data), 0)
+            os.fsync(descriptor)
+
+    def sync(self) -> None:
+        """Make names of staged files durable."""
+        with os_errors(f"{self.folder}: cannot be synced"):
+            sync_folder(self.folder)
+
+    def copy(self, name: str, origin: Path) -> tuple[int, str]:
+        """Copy the content of a file (through links) and sync it; an earlier copy is replaced.
+
+        Returns:
+            Size and SHA-256 of what was copied.
+        """
         with os_errors(f"{origin}: cannot be read"):
             nbytes = origin.stat().st_size
         what = f"{self.out / name}: cannot be copied from {origin}"
-        with os_errors(what, self.folder, nbytes), origin.open("rb") as file, (self.folder / name).open("xb") as target:
-            shutil.copyfileobj(file, target)
-            target.flush()
-            os.fsync(target.fileno())
+        digest, copied = sha256(), 0
+        with (
+            os_errors(what, self.folder, nbytes),
+            replacing(self.folder / name) as descriptor,
+            origin.open("rb") as file,
+        ):
+            while chunk := file.read(_COPY_BYTES):
+                write_from(descriptor, memoryview(chunk), copied)
+                digest.update(chunk)
+                copied += len(chunk)
+            os.fsync(descriptor)
+        return copied, digest.hexdigest()
 
     def publish(self, weights: Sequence[str], others: Sequence[str]) -> None:
         """Move staged files into the output: weights, others, index, config.json; then drop the staging folder.
@@ -107,57 +169,47 @@ class Staging:
             weights: names of the staged shards; weight files of an older checkpoint that are not among them go.
             others: names of the other staged files, without the index and config.json.
         """
+        self.was_publishing = self.was_publishing or (self.folder / _PUBLISHING_NAME).exists()
         with os_errors(f"{self.out}: cannot be completed"):
-            _sync_folder(self.folder)
+            self.put(_PUBLISHING_NAME, b"")
+            sync_folder(self.folder)
             self._publishing = True
             for name in (CONFIG_NAME, INDEX_NAME):
                 (self.out / name).unlink(missing_ok=True)
-            _sync_folder(self.out)
+            sync_folder(self.out)
             for entry in list(self.out.iterdir()):
                 if SHARD_NAME.fullmatch(entry.name) and entry.name not in weights:
                     entry.unlink()
             for name in (*weights, *others, INDEX_NAME):
-                (self.folder / name).replace(self.out / name)
-            _sync_folder(self.out)
+                if (self.folder / name).exists() or not self.was_publishing:  # else an earlier process has moved it
+                    (self.folder / name).replace(self.out / name)
+            sync_folder(self.out)
             (self.folder / CONFIG_NAME).replace(self.out / CONFIG_NAME)
-            _sync_folder(self.out)
+            sync_folder(self.out)
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._unlock()
+        self.leave()
 
     def discard(self) -> None:
         """Remove what was staged, and the output folder if this object made it.
 
-        Once `publish` has begun to replace files the staging folder is kept: it marks the output as unfinished.
+        Not while other processes are at work in it; and once `publish` has begun to replace files the staging folder
+        is kept: it marks the output as unfinished.
         """
-        if not self._publishing:
+        if not self._publishing and self._lock.is_alone():
             shutil.rmtree(self.folder, ignore_errors=True)
             if self._made_out:
                 with suppress(OSError):  # somebody else has put a file there meanwhile
                     self.out.rmdir()
-        self._unlock()
+        self.leave()
 
-    def _unlock(self) -> None:
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            os.close(lock)
+    def leave(self) -> None:
+        """Release the locks; what is staged stays."""
+        self._end_turn()
+        self._lock.close()
 
-
-@contextmanager
-def os_errors(what: str, folder: Path | None = None, needed: int = 0) -> Iterator[None]:
-    """Turn an OSError into an OutputError that opens with `what`; a full disk comes with bytes needed and free."""
-    try:
-        yield
-    except OSError as problem:
-        if problem.errno in _FULL and folder is not None:
-            raise OutputError(f"{what}: {_no_space(needed, shutil.disk_usage(folder).free)}") from problem
-        hint = (
-            "use a smaller --max-shard-size" if problem.errno == errno.EFBIG else "check the disk and the permissions"
-        )
-        raise OutputError(f"{what}: {problem.strerror}; {hint}") from problem
-
-
-def _no_space(needed: int, free: int) -> str:
-    return f"no space left: {needed:,} bytes needed, {free:,} free; free some space or choose another output folder"
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.close()
 
 
 def _check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
@@ -179,43 +231,3 @@ def _check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
             f"{out}: not empty, and not a checkpoint (no {CONFIG_NAME}), so it is not overwritten; choose another "
             "output folder"
         )
-
-
-def _take_lock(folder: Path) -> int:
-    path = folder / _LOCK_NAME
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = path.exists() and os.path.samestat(os.fstat(lock), path.stat())
-    except BlockingIOError:
-        held = False
-    if not held:  # or held, but of a file that its last owner has just deleted
-        os.close(lock)
-        raise OutputError(f"{folder.parent}: another process is writing to this folder; wait for it, or choose another")
-    return lock
-
-
-def _empty(folder: Path) -> None:
-    """Remove what a killed run has left, but not the lock."""
-    for entry in list(folder.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != _LOCK_NAME:
-            entry.unlink()
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-    except OSError as problem:
-        if problem.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
-            raise
-        os.ftruncate(descriptor, nbytes)  # this file system cannot reserve; a full disk shows while writing
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

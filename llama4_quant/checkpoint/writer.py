@@ -5,32 +5,56 @@
         ...
         writer.finish({"config.json": config}, {path.name: path for path in side_files(source)})
 
-Leaving the block without `finish`, by an exception or otherwise, leaves nothing behind. How the files become visible
-is described in staging.py.
+Leaving the block without `finish`, by an exception or otherwise, leaves nothing behind; unless the writer was given a
+`Job`. Then finished items are journalled, what is staged is kept, and a later writer with the same job continues:
+
+    with CheckpointWriter(out, layout, job=Job(fingerprint=...)) as writer:
+        for item in items:
+            if item.id not in writer.records():
+                writer.record(item.id, [writer.write(...), ...], notes)
+
+How the files become visible is described in staging.py.
 """
 
-import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from llama4_quant.checkpoint.buffers import byte_view, write_from
+from llama4_quant.checkpoint.buffers import byte_view
 from llama4_quant.checkpoint.coverage import Coverage
+from llama4_quant.checkpoint.files import os_errors
+from llama4_quant.checkpoint.journal import Journal, Record, WrittenRange, others_alive, read_journals
 from llama4_quant.checkpoint.json_files import dump_json
 from llama4_quant.checkpoint.layout import Layout, Placement, index_json
+from llama4_quant.checkpoint.locks import Turn
+from llama4_quant.checkpoint.manifest import MANIFEST_NAME, has_self_checksum, make_manifest, sha256
 from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, is_plain_name
-from llama4_quant.checkpoint.staging import Staging, os_errors
+from llama4_quant.checkpoint.resume import FINGERPRINT_NAME, Job, can_continue, canonical_json, digest
+from llama4_quant.checkpoint.shards import ShardFiles
+from llama4_quant.checkpoint.staging import Staging
 from llama4_quant.errors import OutputError
 
 
 class CheckpointWriter:
-    """Writes one checkpoint; a context manager, used once."""
+    """Writes one checkpoint; a context manager, used once.
 
-    def __init__(self, out: Path, layout: Layout, overwrite: bool = False, *, source: Path | None = None) -> None:
+    Attributes:
+        out: the output folder.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        layout: Layout,
+        overwrite: bool = False,
+        *,
+        source: Path | None = None,
+        job: Job | None = None,
+    ) -> None:
         """Nothing is touched before the `with` block is entered.
 
         Args:
@@ -38,43 +62,51 @@ class CheckpointWriter:
             layout: what will be written where.
             overwrite: replace the checkpoint that is in `out`.
             source: the folder that is being read; refused as output.
+            job: what makes the work resumable; without it nothing is kept of an unfinished output.
         """
-        self._out = out
+        self.out = out
         self._layout = layout
         self._overwrite = overwrite
         self._source = source
-        self._descriptors: list[int] = []
-        self._files = ExitStack()
+        self._job = job
+        self._sync_lock = threading.Lock()
         self._coverage = Coverage({name: placement.tensor.nbytes for name, placement in layout.placements.items()})
         self._staging: Staging | None = None
+        self._shards: ShardFiles | None = None
+        self._journal: Journal | None = None
 
     def __enter__(self) -> Self:
-        """Take the output folder and reserve the space of all shards.
+        """Take the output folder and reserve the space of all shards, or reopen those of an interrupted job.
 
         Raises:
-            OutputError: the folder cannot be used (see `Staging`), or the disk is too small.
+            OutputError: the folder cannot be used (see `Staging`), the disk is too small, or what is there belongs to
+                another job.
         """
-        staging = Staging(self._out, overwrite=self._overwrite, source=self._source)
-        self._staging = staging
+        job = self._job
+        together = job is not None and job.world_size > 1
+        staging = Staging(self.out, overwrite=self._overwrite, source=self._source, together=together)
+        self._staging, self._shards = staging, ShardFiles(self._layout, staging)
+        resuming = (staging.folder / FINGERPRINT_NAME).exists()  # and must not be removed when this is refused
         try:
-            staging.require_space(self._layout.nbytes)
-            for shard in self._layout.shards:
-                descriptor = staging.allocate(shard.filename, shard.nbytes)
-                self._files.callback(os.close, descriptor)
-                self._descriptors.append(descriptor)
-                with os_errors(f"{self._out / shard.filename}: cannot be written", staging.folder, shard.nbytes):
-                    write_from(descriptor, memoryview(shard.header), 0)
+            resuming = job is not None and can_continue(staging.folder, job, alone=staging.alone)
+            if resuming:
+                self._shards.reopen()
+            else:
+                self._begin(staging, self._shards)
+            if job is not None:
+                self._open_journal(staging, job)
+            staging.ready()
         except BaseException:
-            self._discard()
+            self._leave(discard=not resuming)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._discard()
+        self._leave(discard=self._job is None or isinstance(error, self._job.hopeless))
 
-    def write(self, name: str, tensor: torch.Tensor, row_start: int = 0) -> None:
+    def write(self, name: str, tensor: torch.Tensor, row_start: int = 0) -> WrittenRange:
         """Write rows of dimension 0 of an output tensor. Thread-safe; no copy if `tensor` is contiguous and on the CPU.
 
         Args:
@@ -85,20 +117,68 @@ class CheckpointWriter:
         Raises:
             OutputError: dtype, shape or rows are not those of the layout, or the disk is full.
         """
-        assert self._descriptors, "used outside its `with` block"
+        assert self._shards is not None, "used outside its `with` block"
         placement = self._placement(name, tensor, row_start)
         offset = row_start * placement.tensor.row_nbytes
         view = byte_view(tensor.detach().cpu().contiguous())
-        path = self._out / self._layout.shards[placement.shard].filename
-        with os_errors(f"{path}: {name} cannot be written", self._out, len(view)):
-            write_from(self._descriptors[placement.shard], view, placement.start + offset)
-        self._coverage.add(name, offset, offset + len(view))
+        self._shards.write(placement.shard, view, placement.start + offset, name)
+        part = WrittenRange(name=name, start=offset, stop=offset + len(view), sha256=sha256(view))
+        self._coverage.add(part)
+        return part
+
+    def records(self) -> dict[int, Record]:
+        """Finished items by number: of interrupted runs, of this process and of those that work together with it."""
+        assert self._staging is not None
+        assert self._job is not None
+        with os_errors(f"{self._staging.folder}: the journal cannot be read"):
+            return read_journals(self._staging.folder, digest(self._job.fingerprint))
+
+    def record(self, item: int, ranges: Sequence[WrittenRange], notes: object = None) -> None:
+        """Note that an item is finished. Thread-safe.
+
+        Args:
+            item: its number.
+            ranges: what `write` returned for it.
+            notes: JSON data to remember with it.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        assert self._journal is not None
+        with os_errors(f"{self.out}: the journal cannot be written", self.out, 1):
+            self._journal.append(Record(item=item, ranges=tuple(ranges), notes=notes))
+
+    def sync(self) -> None:
+        """Bring to the disk what was written, and then note that this was done. Thread-safe.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        assert self._shards is not None
+        with self._sync_lock, os_errors(f"{self.out}: the journal cannot be written", self.out, 1):
+            num_records = 0 if self._journal is None else self._journal.num_records()
+            self._shards.sync()  # after counting: the bytes of what is counted have been written
+            if self._journal is not None:
+                self._journal.mark_synced(num_records)
+
+    def turn(self) -> Turn:
+        """Wait until no other process of this job publishes; `here` of the result is False if one has done it."""
+        assert self._staging is not None
+        return Turn(self._staging.folder)
+
+    def others_alive(self) -> bool:
+        """Whether other processes of this job are at work."""
+        assert self._staging is not None
+        assert self._job is not None
+        with os_errors(f"{self._staging.folder}: the journal cannot be read"):
+            return others_alive(self._staging.folder, self._job.rank)
 
     def finish(self, json_files: Mapping[str, Mapping[str, Any]], copies: Mapping[str, Path]) -> None:
         """Make the checkpoint visible, config.json last.
 
         Args:
-            json_files: by file name; config.json must be among them. The index is added from the layout.
+            json_files: by file name; config.json must be among them. The index is added from the layout, and a
+                manifest that lists all files but those with a checksum of their own (see manifest.py).
             copies: by file name, the files to copy.
 
         Raises:
@@ -106,23 +186,39 @@ class CheckpointWriter:
         """
         staging = self._staging
         assert staging is not None
+        assert self._shards is not None
         _check_names(json_files, copies)
         self._check_complete()
-        for name, origin in copies.items():
-            staging.copy(name, origin)
+        listed = {name: staging.copy(name, origin) for name, origin in copies.items()}
         for name, content in {**json_files, INDEX_NAME: index_json(self._layout)}.items():
-            staging.put(name, dump_json(content))
-        with os_errors(f"{self._out}: cannot be written", staging.folder, self._layout.nbytes):
-            for descriptor in self._descriptors:
-                os.fsync(descriptor)
-        others = sorted({*json_files, *copies} - {CONFIG_NAME})
+            data = dump_json(content)
+            staging.put(name, data)
+            if not has_self_checksum(content):
+                listed[name] = (len(data), sha256(data))
+        staging.put(MANIFEST_NAME, make_manifest(self._layout, self._coverage, listed))
+        self._shards.sync_all()
+        others = sorted({*json_files, *copies, MANIFEST_NAME} - {CONFIG_NAME})
         staging.publish([shard.filename for shard in self._layout.shards], others)
-        self._staging = None
+        self._leave()
+
+    def _begin(self, staging: Staging, shards: ShardFiles) -> None:
+        """Begin anew: reserve the shards, and only then say what they are for."""
+        staging.empty()
+        shards.allocate()
+        if self._job is not None:
+            staging.sync()
+            staging.put(FINGERPRINT_NAME, canonical_json(self._job.fingerprint))
+            staging.sync()
+
+    def _open_journal(self, staging: Staging, job: Job) -> None:
+        with os_errors(f"{staging.folder}: the journal of process {job.rank} cannot be used", self.out, 1):
+            self._journal = Journal(staging.folder, job.rank, digest(job.fingerprint))
+        staging.sync()
 
     def _placement(self, name: str, tensor: torch.Tensor, row_start: int) -> Placement:
         placement = self._layout.placements.get(name)
         if placement is None:
-            raise OutputError(f"{name}: not in the layout of {self._out}")
+            raise OutputError(f"{name}: not in the layout of {self.out}")
         expected = placement.tensor
         num_rows = expected.shape[0] if expected.shape else 1
         rows = tensor.shape[0] if tensor.dim() else 1
@@ -135,20 +231,29 @@ class CheckpointWriter:
         return placement
 
     def _check_complete(self) -> None:
+        if self._job is not None:
+            for record in self.records().values():
+                for part in record.ranges:
+                    self._coverage.add(part)
         missing = self._coverage.missing()
         if missing:
             first = next(iter(missing))
             raise OutputError(
-                f"{self._out}: {len(missing)} of {len(self._layout.placements)} tensors not complete, first {first}, "
-                f"of which {missing[first]:,} bytes were never written; the output is discarded"
+                f"{self.out}: {len(missing)} of {len(self._layout.placements)} tensors not complete, first {first}, "
+                f"of which {missing[first]:,} bytes were never written"
             )
 
-    def _discard(self) -> None:
-        self._files.close()
-        self._descriptors = []
-        if self._staging is not None:
-            self._staging.discard()
-            self._staging = None
+    def _leave(self, *, discard: bool = False) -> None:
+        """Close everything; what is staged stays, unless it is to be discarded."""
+        shards, self._shards = self._shards, None
+        journal, self._journal = self._journal, None
+        staging, self._staging = self._staging, None
+        if shards is not None:
+            shards.close()
+        if journal is not None:
+            journal.close()
+        if staging is not None:
+            staging.discard() if discard else staging.leave()
 
 
 def _check_names(json_files: Mapping[str, object], copies: Mapping[str, object]) -> None:
@@ -156,4 +261,6 @@ def _check_names(json_files: Mapping[str, object], copies: Mapping[str, object])
     assert not json_files.keys() & copies.keys()
     assert not {CONFIG_NAME, INDEX_NAME} & copies.keys()
     for name in (*json_files, *copies):
-        assert is_plain_name(name) and name != INDEX_NAME and not name.endswith(".safetensors"), name  # noqa: PT018
+        assert is_plain_name(name), name
+        assert name not in {INDEX_NAME, MANIFEST_NAME}, name
+        assert not name.endswith(".safetensors"), name

@@ -66,19 +66,21 @@ class ParsedQuantization:
         return self.targets.get(_first_pattern(name, self.targets) or LINEAR)
 
 
-def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(scheme: Scheme, ignore: Sequence[str], heads: Sequence[str] = ()) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint whose linear modules all use `scheme`, but those in `ignore`.
 
     Args:
         scheme: of the quantized modules.
         ignore: full names of exactly the linear modules that are not quantized.
+        heads: full names of quantized output heads. They are targets of their own: in vLLM a head is no Linear
+            (but a ParallelLMHead), so the class name alone would not reach it.
     """
     storage = _FORMATS[scheme.weights.type][0]
     group = {
         "format": storage,
         "input_activations": _activation_arguments(scheme.weights),
         "output_activations": None,
-        "targets": [LINEAR],
+        "targets": [LINEAR, *heads],
         "weights": _weight_arguments(scheme.weights),
     }
     return {

@@ -12,6 +12,7 @@ in bf16 on a CPU, which rounds ratios onto midpoints and then to the even side, 
 """
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme) -> QuantizedWeight:
             column, and leaves the weight's name to the caller).
         SchemeError: the group or block size does not divide in_features.
     """
-    _check(weight, scheme)
+    check_weight(weight, scheme)
     grid = grid_of(scheme)
     num_rows, in_features = weight.shape
     scale = torch.empty(scheme.scale_shape(num_rows, in_features), dtype=torch.float32, device=weight.device)
@@ -107,6 +108,24 @@ def grid_of(scheme: WeightScheme) -> CodeGrid:
     return int4.GRID if scheme.type is WeightType.INT4 else fp8.GRID
 
 
+def check_weight(weight: Tensor, scheme: WeightScheme) -> None:
+    """Raise what `quantize_weight` raises for a weight whose shape or dtype `scheme` cannot store."""
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise QuantizationError(f"expected a weight of shape [out, in], found shape {list(weight.shape)}")
+    if weight.dtype not in WEIGHT_DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+        raise QuantizationError(f"expected a weight in {expected}, found {str(weight.dtype).removeprefix('torch.')}")
+    scheme.check_divides("weight", weight.shape[1])
+
+
+def refuse_not_finite(weight: Tensor, scheme: WeightScheme) -> NoReturn:
+    """Raise what `quantize_weight` raises for a weight that holds NaN or Inf."""
+    for rows in scheme_chunks(weight.shape[0], weight.shape[1], scheme):
+        if not torch.isfinite(weight[rows]).all():
+            raise QuantizationError(_where_not_finite(weight[rows], rows.start))
+    raise AssertionError("the weight is finite")
+
+
 def _scales_of(rows_RK: Tensor, scheme: WeightScheme, grid: CodeGrid, first_row: int) -> Tensor:
     """Scales of a chunk of rows, float32 of shape `scheme.scale_shape(R, K)`."""
     lanes_SL = to_lanes(rows_RK, scheme)
@@ -121,12 +140,3 @@ def _where_not_finite(rows_RK: Tensor, first_row: int) -> str:
     row, column = torch.nonzero(~torch.isfinite(rows_RK))[0].tolist()
     value = float(rows_RK[row, column])
     return f"row {first_row + row}, column {column} is {value}; a weight must be finite to be quantized"
-
-
-def _check(weight: Tensor, scheme: WeightScheme) -> None:
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise QuantizationError(f"expected a weight of shape [out, in], found shape {list(weight.shape)}")
-    if weight.dtype not in WEIGHT_DTYPES:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-        raise QuantizationError(f"expected a weight in {expected}, found {str(weight.dtype).removeprefix('torch.')}")
-    scheme.check_divides("weight", weight.shape[1])

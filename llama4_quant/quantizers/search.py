@@ -1,7 +1,7 @@
 """Choosing scales: absmax, or a search for the least squared error.
 
-This is the inner loop of quantization, and the one place that a compiled kernel may replace. To give the same bytes it
-has to keep what this file fixes (all in float32, S weights per scale, L scales):
+This is the inner loop of quantization. kernels.cpp has it compiled and gives the same bytes because it keeps what this
+file fixes (all in float32, S weights per scale, L scales):
 
 1. `base = absmax / absmax_code`; 1 for a lane of zeros; at least 2^-126, so that a scale is never subnormal.
 2. Candidates: `base` first, then `base * factor` for the factors in order; each rounded to bf16 (and to 2^-126 from

@@ -7,7 +7,6 @@ trainable and no dequantized copy is kept.
 Shape letters: G groups, K in, N out.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llama4_quant import ops
-from llama4_quant.scheme import WeightScheme, WeightType
-
-SchemeLookup = Callable[[str], WeightScheme | None]
-"""From a linear weight's name in the checkpoint (`LinearSpec.name`) to how it is stored; None is unquantized."""
+from llama4_quant.scheme import SchemeLookup, WeightScheme, WeightType
 
 
 def stored_tensors(

@@ -5,14 +5,14 @@ the same quantizers as in offline conversion and its packed weights are bit-iden
 exists.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from llama4_quant.architecture import LinearSpec
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.checkpoint.source import resolve
+from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
 from llama4_quant.errors import CheckpointError, UsageError
 from llama4_quant.plan import make_plan
@@ -20,10 +20,8 @@ from llama4_quant.runtime.attention import Attention
 from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.scheme import Scheme, WeightScheme, preset
 from llama4_quant.stored import StoredWeight, quantization_section, quantized_weights
-from llama4_quant.stream import CHUNK_BYTES, Piece, encode_piece, quantize_piece, read_pieces
-
-Progress = Callable[[str, int], None]
-"""Called with a weight's name and the source bytes that are done more than before."""
+from llama4_quant.stream import Piece, Progress, encode_piece, quantize_piece, read_pieces
+from llama4_quant.work import CHUNK_BYTES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -54,7 +52,7 @@ def load(
         Llama4QuantError: not a usable checkpoint, or settings that do not fit it.
     """
     target = _placement(device, dtype, attention)
-    with CheckpointReader.open(resolve(str(path_or_id), revision)) as reader:
+    with open_source(str(path_or_id), revision) as reader:
         config = Llama4Config.from_dict(reader.config)
         if scheme is None and quantization_section(config) is not None:
             return _load_quantized(config, reader, target, progress)
@@ -69,7 +67,7 @@ def load(
 
 def load_size(path_or_id: str | Path, *, revision: str | None = None) -> int:
     """Bytes of tensors that `load` will read, for a progress bar."""
-    with CheckpointReader.open(resolve(str(path_or_id), revision)) as reader:
+    with open_source(str(path_or_id), revision) as reader:
         return sum(entry.nbytes for entry in reader.tensors.values())
 
 
@@ -82,7 +80,14 @@ class _Target:
     def model(self, config: Llama4Config, schemes: Mapping[str, WeightScheme | None]) -> Llama4Model:
         """A model with uninitialized weights, whose linear weights are stored as `schemes` says by name."""
         model = Llama4Model(config, scheme_of=schemes.__getitem__, dtype=self._dtype, attention=self._attention)
-        return model.materialize(self._device).eval()
+        num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        try:
+            return model.materialize(self._device).eval()
+        except RuntimeError as error:  # out of memory, in the words of each device
+            raise UsageError(
+                f"no memory for {num_bytes:,} bytes of weights on {self._device}: {str(error).splitlines()[0]}; "
+                "quantize while loading (scheme), or choose another device"
+            ) from error
 
 
 def _placement(device: str | torch.device, dtype: str | torch.dtype, attention: str) -> _Target:
@@ -94,7 +99,7 @@ def _placement(device: str | torch.device, dtype: str | torch.dtype, attention: 
         raise UsageError(f"attention {attention!r} is unknown; use one of {', '.join(Attention)}")
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.zeros(1, device=place).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!s} cannot be used here: {str(error).splitlines()[0]}") from error
     assert chosen is not None

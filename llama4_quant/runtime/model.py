@@ -28,9 +28,10 @@ from llama4_quant.architecture import LinearSpec, Llama4Config
 from llama4_quant.errors import UsageError
 from llama4_quant.runtime.attention import Attention
 from llama4_quant.runtime.cache import KVCache
-from llama4_quant.runtime.linear import Builder, SchemeLookup, WeightStorage
+from llama4_quant.runtime.linear import Builder, WeightStorage
 from llama4_quant.runtime.text import TextModel
 from llama4_quant.runtime.vision import Projector, VisionModel
+from llama4_quant.scheme import SchemeLookup
 
 
 class Logits(StrEnum):

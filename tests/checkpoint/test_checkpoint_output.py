@@ -50,6 +50,7 @@ def test_a_finished_output(tmp_path: Path) -> None:
     files = tree(out)
     assert sorted(files) == [
         "config.json",
+        "manifest.json",
         "model-00001-of-00001.safetensors",
         "model.safetensors.index.json",
         "quantization_report.json",
@@ -83,6 +84,7 @@ def test_files_appear_in_order_with_config_last(tmp_path: Path, monkeypatch: pyt
     assert moved == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
+        "manifest.json",
         "model.safetensors.index.json",
         "config.json",
     ]

@@ -269,7 +269,7 @@ def test_links_must_stay_inside_the_checkpoint(tmp_path: Path) -> None:
 
 NOT_CHECKPOINTS = {
     "empty": ([], "found an empty folder; is the download finished"),
-    "meta": (["consolidated.00.pth", "params.json"], "Meta's original layout .* not supported yet"),
+    "meta": (["consolidated.00.pth", "params.json"], "in Meta's original layout, params.json and .* side by side"),
     "gguf": (["model-Q4_K_M.gguf"], "GGUF files are quantized already"),
     "pickle": (["config.json", "pytorch_model.bin"], "pickled weights are not read"),
     "no config": (["model.safetensors"], "config.json is missing: download it"),

@@ -41,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("cli") / "bf16")
 
 
-@pytest.mark.parametrize("command", [[], ["convert"], ["inspect"], ["generate"], ["eval"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["convert"], ["inspect"], ["verify"], ["generate"], ["eval"], ["demo"]])
 def test_help_names_every_command_and_fits_the_contract(run: object, command: list[str]) -> None:
     ran = run(*command, "--help")
     assert ran.code == 0
@@ -82,6 +82,16 @@ def test_dry_run_of_maverick_without_weights(run: object, tmp_path: Path) -> Non
     assert saved == json.loads(run("convert", "--dry-run", "--config-only", MAVERICK, "--json").out)
 
 
+@pytest.mark.parametrize(
+    "pattern", [r"re:.*layers\.[a-z0]\..*_proj", r"re:.*layers\.0\..*[/gu].*proj", "re:.*:cat:|.*gate"]
+)
+def test_patterns_are_shown_as_they_are(run: object, source: Path, pattern: str) -> None:
+    """Brackets and colons mean something to rich: it would drop `[a-z0]` and fail on `[/gu]`."""
+    ran = run("convert", "--dry-run", source, "--group-size", 32, "--ignore", pattern, "--ignore", "re:.*experts")
+    assert ran.code == 0
+    assert f"--ignore {pattern}" in ran.out
+
+
 def test_dry_run_writes_nothing(run: object, source: Path, tmp_path: Path) -> None:
     assert run("convert", source, "-o", tmp_path / "out", "--dry-run").code == 0
     assert list(tmp_path.iterdir()) == []
@@ -100,6 +110,7 @@ def test_dry_run_writes_nothing(run: object, source: Path, tmp_path: Path) -> No
         (["convert", "{source}", "-o", "{tmp}/out", "--observer", "magic"], 1, "known observers: absmax, mse"),
         (["convert", "{source}", "-o", "{tmp}/out", "--ignore", "nothing"], 1, "matches none of the model's"),
         (["convert", "{source}", "-o", "{tmp}/out", "--max-shard-size", "big"], 1, "is not a size"),
+        (["convert", "{source}", "--dry-run", "--max-shard-size", "big"], 1, "is not a size"),
         (["convert", "{source}", "-o", "{tmp}/out", "--config-only"], 1, "go with --dry-run"),
         (["convert", "{source}", "-o", "{source}"], 1, "source"),
         (["convert", "{tmp}", "-o", "{tmp}/out"], 1, "expected a folder with config.json"),
@@ -107,6 +118,7 @@ def test_dry_run_writes_nothing(run: object, source: Path, tmp_path: Path) -> No
         (["inspect", "{tmp}/nowhere"], 1, "nowhere"),
         (["generate", "{source}", "--prompt", "x", "--image", "{tmp}/none.png"], 2, "does not exist"),
         (["generate", "{source}", "--prompt", "x", "--group-size", "32"], 1, "add --scheme"),
+        (["generate", "{source}", "--prompt", "x", "--observer", "absmax"], 1, "add --scheme"),
         (["generate", "{source}", "--prompt", "x", "--device", "abacus"], 1, "device abacus cannot be used"),
         (["generate", "{source}", "--prompt", "x", "--dtype", "int8"], 1, "dtype int8 is not supported"),
         (["eval", "{source}", "--text", "{tmp}"], 2, "is a directory"),

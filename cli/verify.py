@@ -1,0 +1,54 @@
+"""`llama4-quant verify`."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from llama4_quant.checkpoint.manifest import read_manifest
+from llama4_quant.cli.options import json_option
+from llama4_quant.cli.progress import byte_progress
+from llama4_quant.cli.tables import console, size, table
+from llama4_quant.runtime.loader import load_size
+from llama4_quant.verify import Verification, verify
+
+NUM_WORST = 5
+EXIT_DAMAGED = 1
+
+
+@click.command("verify", short_help="Check that a converted checkpoint is whole.")
+@click.argument("output", metavar="OUT")
+@click.option("--source", metavar="SRC", help="The BF16 checkpoint it was made from: adds the error of every weight.")
+@json_option
+def verify_command(output: str, source: str | None, as_json: bool) -> None:
+    """Check every byte of OUT against its manifest, its structure, and that every code and scale decodes.
+
+    With --source also that kept weights equal the source, and quantized ones are as far from it as the report says.
+    Exits with 1 if anything is wrong.
+    """
+    total = sum(file.size for file in read_manifest(Path(output))) + (0 if source is None else load_size(source))
+    with byte_progress("verifying", total) as advance:
+        result = verify(output, source=source, progress=advance)
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    else:
+        _show(result)
+    if not result.is_whole:
+        sys.exit(EXIT_DAMAGED)
+
+
+def _show(result: Verification) -> None:
+    out = console()
+    if result.distances:
+        worst = table("Largest errors", "weight", "stored as", "relative error", "SQNR dB", left=2)
+        for weight in sorted(result.distances, key=lambda w: -w.relative_error)[:NUM_WORST]:
+            sqnr = "exact" if weight.sqnr_db is None else f"{weight.sqnr_db:.2f}"
+            worst.add_row(weight.name, weight.stored_as, f"{weight.relative_error:.4f}", sqnr)
+        out.print(worst)
+    for problem in result.problems:
+        out.print(f"{problem.where}: {problem.what}")
+    state = "whole" if result.is_whole else f"{len(result.problems)} problem{'s' if len(result.problems) > 1 else ''}"
+    out.print(
+        f"{result.output}: {state}; {result.num_files} files, {size(result.num_bytes)}, {result.num_weights} weights"
+    )

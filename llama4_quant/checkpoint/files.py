@@ -1,0 +1,68 @@
+"""File operations of an output: errors in words, space reserved, contents and names synced."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llama4_quant.errors import OutputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def os_errors(what: str, folder: Path | None = None, needed: int = 0) -> Iterator[None]:
+    """Turn an OSError into an OutputError that opens with `what`; a full disk comes with bytes needed and free."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in _FULL and folder is not None:
+            while not folder.exists():
+                folder = folder.parent
+            raise OutputError(f"{what}: {no_space(needed, shutil.disk_usage(folder).free)}") from problem
+        hint = (
+            "use a smaller --max-shard-size" if problem.errno == errno.EFBIG else "check the disk and the permissions"
+        )
+        raise OutputError(f"{what}: {problem.strerror}; {hint}") from problem
+
+
+def no_space(needed: int, free: int) -> str:
+    """What to say about a full disk."""
+    return f"no space left: {needed:,} bytes needed, {free:,} free; free some space or choose another output folder"
+
+
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Make an open file `nbytes` long and reserve its blocks, where the file system can."""
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as problem:
+        if problem.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
+            raise
+        os.ftruncate(descriptor, nbytes)  # this file system cannot reserve; a full disk shows while writing
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """A new, empty file at `path`; a link there is not followed."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def has_size(path: Path, nbytes: int) -> bool:
+    """Whether a regular file of this size is at `path`."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == nbytes
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,77 @@
+"""Failures of the Hub in words that help, and which of them are worth another try."""
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from huggingface_hub import errors as hub
+
+from llama4_quant.errors import CheckpointError, Llama4QuantError
+
+RETRY_DELAYS = (1.0, 4.0, 16.0)
+"""Seconds before each further try; the client's own tries come on top."""
+
+_NOT_OF_THE_NETWORK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+
+T = TypeVar("T")
+
+
+@contextmanager
+def hub_errors(at: str, repository: str) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into a CheckpointError that opens with `at` and says what to do."""
+    try:
+        yield
+    except Llama4QuantError:
+        raise
+    except hub.GatedRepoError as problem:
+        raise CheckpointError(
+            f"{at}: access is restricted; accept the licence at https://huggingface.co/{repository} and log in with "
+            "`hf auth login`, or set HF_TOKEN"
+        ) from problem
+    except hub.RevisionNotFoundError as problem:
+        raise CheckpointError(f"{at}: the repository has no such revision; give a branch, tag or commit") from problem
+    except hub.RepositoryNotFoundError as problem:
+        raise CheckpointError(
+            f"{at}: neither a local folder nor a repository that you can see on the Hub; check the spelling, and log "
+            "in with `hf auth login` if it is private"
+        ) from problem
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as problem:
+        raise CheckpointError(
+            f"{at}: not complete in the local cache, and the Hub cannot be reached (no connection, or HF_HUB_OFFLINE "
+            f"is set); connect, or give the path of a local folder. The Hub client says: {_first_line(problem)}"
+        ) from problem
+    except hub.HfHubHTTPError as problem:
+        raise CheckpointError(
+            f"{at}: the Hub refused: {_first_line(problem)}; for 401 or 403 check HF_TOKEN or log in again with "
+            "`hf auth login`, otherwise run the command again later: it resumes"
+        ) from problem
+    except Exception as problem:  # the client's transport, and so its errors, differ by version
+        raise CheckpointError(
+            f"{at}: the download failed: {_first_line(problem)}; run the command again, it resumes"
+        ) from problem
+
+
+def with_retries(action: Callable[[], T]) -> T:
+    """Do something over the network, again if it fails for a reason that may pass."""
+    for delay in RETRY_DELAYS:
+        try:
+            return action()
+        except Exception as problem:
+            if not _may_pass(problem):
+                raise
+        time.sleep(delay)
+    return action()
+
+
+def _may_pass(problem: Exception) -> bool:
+    if isinstance(problem, hub.HfHubHTTPError):
+        return problem.response.status_code >= 500
+    if isinstance(problem, (Llama4QuantError, hub.OfflineModeIsEnabled)):
+        return False
+    return getattr(problem, "errno", None) not in _NOT_OF_THE_NETWORK
+
+
+def _first_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]

@@ -1,0 +1,126 @@
+"""manifest.json: a SHA-256 for every byte of a checkpoint, so that a single flipped bit can be found, and placed.
+
+    {"format": "llama4-quant-manifest", "version": 1,
+     "shards": {name: {"size": 123, "header": [0, 88, sha256], "ranges": [[88, 120, sha256], [120, 123, sha256]]}},
+     "files": {name: {"size": 123, "sha256": sha256}}}
+
+The header (length included) and the ranges tile the file. Ranges are what single pieces of work wrote, so no byte is
+read again to make this. The manifest is canonical JSON: any changed byte of it is a changed value. It does not list
+itself, nor the report of the conversion: that holds times, which differ from run to run, and carries its own checksum
+(`self_checksum`), so that everything else in two outputs of the same job is equal byte for byte.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama4_quant.checkpoint.coverage import Coverage
+from llama4_quant.checkpoint.json_files import read_json
+from llama4_quant.checkpoint.layout import Layout
+from llama4_quant.checkpoint.paths import is_plain_name
+from llama4_quant.checkpoint.resume import canonical_json
+from llama4_quant.errors import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "llama4-quant-manifest"
+VERSION = 1
+CHECKSUM_KEY = "sha256"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRange:
+    """Bytes `start` to `stop` of a file, and their SHA-256 (hexadecimal)."""
+
+    start: int
+    stop: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileDigest:
+    """A file: its size, and ranges that tile it."""
+
+    name: str
+    size: int
+    ranges: tuple[FileRange, ...]
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """SHA-256 as it is written here: hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def make_manifest(layout: Layout, coverage: Coverage, files: Mapping[str, tuple[int, str]]) -> bytes:
+    """The manifest of an output that is complete.
+
+    Args:
+        layout: the shards.
+        coverage: what was written to them.
+        files: (size, SHA-256) of every other file but the report and the manifest itself, by name.
+    """
+    ranges: list[list[list[Any]]] = [[] for _ in layout.shards]
+    for name, placement in layout.placements.items():
+        for part in coverage.ranges(name):
+            ranges[placement.shard].append([placement.start + part.start, placement.start + part.stop, part.sha256])
+    shards = {
+        shard.filename: {
+            "size": shard.nbytes,
+            "header": [0, len(shard.header), sha256(shard.header)],
+            "ranges": sorted(parts),
+        }
+        for shard, parts in zip(layout.shards, ranges, strict=True)
+    }
+    others = {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
+    return canonical_json({"format": FORMAT, "version": VERSION, "shards": shards, "files": others})
+
+
+def read_manifest(folder: Path) -> tuple[FileDigest, ...]:
+    """Read and check the manifest of a checkpoint: every file that it lists, with ranges that tile it.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or not one of ours.
+    """
+    path = folder / MANIFEST_NAME
+    content = read_json(path, CheckpointError)
+    if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+        raise CheckpointError(f"{path}: expected format {FORMAT} version {VERSION}; use a newer llama4-quant")
+    if path.read_bytes() != canonical_json(content):
+        raise CheckpointError(f"{path}: a byte of the manifest itself has changed; convert again")
+    try:
+        shards = [_shard(name, record) for name, record in content["shards"].items()]
+        files = [
+            _file(name, record["size"], [(0, record["size"], record["sha256"])])
+            for name, record in content["files"].items()
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise CheckpointError(f"{path}: the manifest is damaged ({problem!r}); convert again") from problem
+    return (*shards, *files)
+
+
+def with_self_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with a checksum of itself under "sha256"."""
+    rest = {key: value for key, value in content.items() if key != CHECKSUM_KEY}
+    return {**rest, CHECKSUM_KEY: sha256(canonical_json(rest))}
+
+
+def has_self_checksum(content: Mapping[str, Any]) -> bool:
+    """Whether the content is unchanged since `with_self_checksum`."""
+    return with_self_checksum(content) == content
+
+
+def _shard(name: str, record: Mapping[str, Any]) -> FileDigest:
+    return _file(name, record["size"], [record["header"], *record["ranges"]])
+
+
+def _file(name: str, size: int, parts: Iterable[tuple[int, int, str]]) -> FileDigest:
+    ranges = tuple(FileRange(start=start, stop=stop, sha256=digest) for start, stop, digest in parts)
+    end = 0
+    for part in ranges:
+        if part.start != end or part.stop < part.start:
+            raise ValueError(f"{name}: a range from {part.start} to {part.stop} where {end} was expected")
+        end = part.stop
+    if end != size or not is_plain_name(name):
+        raise ValueError(f"{name}: ranges end at {end} of {size}")
+    return FileDigest(name=name, size=size, ranges=ranges)

@@ -1,0 +1,75 @@
+"""The weight files of an output while they are written: open descriptors, and which of them hold unsynced bytes."""
+
+import os
+import threading
+
+from llama4_quant.checkpoint.buffers import write_from
+from llama4_quant.checkpoint.files import os_errors
+from llama4_quant.checkpoint.layout import Layout
+from llama4_quant.checkpoint.staging import Staging
+
+
+class ShardFiles:
+    """The shards of one output. Writing and syncing are thread-safe."""
+
+    def __init__(self, layout: Layout, staging: Staging) -> None:
+        """Nothing is opened before `allocate` or `reopen`."""
+        self._layout = layout
+        self._staging = staging
+        self._descriptors: dict[int, int] = {}
+        self._dirty: set[int] = set()
+        self._lock = threading.Lock()
+
+    def allocate(self) -> None:
+        """Create all shards and reserve their space.
+
+        Raises:
+            OutputError: the disk is too small.
+        """
+        self._staging.require_space(self._layout.nbytes)
+        for number, shard in enumerate(self._layout.shards):
+            self._keep(number, self._staging.allocate(shard.filename, shard.nbytes))
+
+    def reopen(self) -> None:
+        """Open the shards that an earlier process has made; those that it has published already stay closed.
+
+        Raises:
+            OutputError: one is missing or has another size, or the disk is too small for what was not reserved.
+        """
+        if not self._staging.was_publishing:
+            self._staging.require_space(self._layout.nbytes - self._staging.allocated())
+        for number, shard in enumerate(self._layout.shards):
+            descriptor = self._staging.reopen(shard.filename, shard.nbytes)
+            if descriptor is not None:
+                self._keep(number, descriptor)
+
+    def write(self, number: int, view: memoryview, start: int, what: str) -> None:
+        """Write bytes of `what` at a position of a shard."""
+        path = self._staging.out / self._layout.shards[number].filename
+        with os_errors(f"{path}: {what} cannot be written", self._staging.folder, len(view)):
+            write_from(self._descriptors[number], view, start)
+        with self._lock:
+            self._dirty.add(number)
+
+    def sync(self) -> None:
+        """Bring to the disk all bytes whose `write` has returned."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        with os_errors(f"{self._staging.out}: cannot be written", self._staging.folder, self._layout.nbytes):
+            for number in sorted(dirty):
+                os.fdatasync(self._descriptors[number])
+
+    def sync_all(self) -> None:
+        """Bring every shard to the disk, whoever wrote to it."""
+        with os_errors(f"{self._staging.out}: cannot be written", self._staging.folder, self._layout.nbytes):
+            for descriptor in self._descriptors.values():
+                os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _keep(self, number: int, descriptor: int) -> None:
+        self._descriptors[number] = descriptor
+        self.write(number, memoryview(self._layout.shards[number].header), 0, "the header")

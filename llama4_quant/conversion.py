@@ -1,0 +1,112 @@
+"""Carrying out work items: read, quantize, measure, write, note. What is noted is enough to report later."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from llama4_quant.checkpoint.journal import WrittenRange
+from llama4_quant.checkpoint.reader import CheckpointReader
+from llama4_quant.checkpoint.writer import CheckpointWriter
+from llama4_quant.plan import Plan
+from llama4_quant.quantizers.error import WeightError, measure
+from llama4_quant.report import WeightRecord, weight_record
+from llama4_quant.stream import Piece, Progress, encode_piece, finite_bf16, quantize_piece, read_item
+from llama4_quant.work import MemoryUse, WorkItem
+from llama4_quant.workers import Workers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Done:
+    """What came of one piece: its weight, and for quantized ones the error and the time that quantizing took."""
+
+    weight: str
+    error: WeightError
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "_Done":
+        return cls(weight=content["weight"], error=WeightError(**content["error"]), seconds=content["seconds"])
+
+    def merge(self, other: "_Done") -> "_Done":
+        return _Done(weight=self.weight, error=self.error.merge(other.error), seconds=self.seconds + other.seconds)
+
+
+class Conversion:
+    """One plan on its way from a reader to a writer."""
+
+    def __init__(self, plan: Plan, reader: CheckpointReader, writer: CheckpointWriter) -> None:
+        self._plan = plan
+        self._reader = reader
+        self._writer = writer
+
+    def run(
+        self, items: Sequence[WorkItem], mine: Sequence[WorkItem], memory: MemoryUse, progress: Progress | None
+    ) -> None:
+        """Do some of the items.
+
+        Args:
+            items: all items of the plan.
+            mine: those to do.
+            memory: how many workers may work at a time.
+            progress: told of each item; those that are not to be done count as done from the start.
+
+        Raises:
+            Llama4QuantError: an item failed; those that were in hand beside it are finished and noted.
+        """
+        told = progress or (lambda _what, _num_bytes: None)
+        total = sum(item.num_bytes for item in items)
+        told("", total - sum(item.num_bytes for item in mine))
+        if mine:
+            workers = Workers(
+                mine,
+                self._do,
+                num_workers=memory.num_workers,
+                buffer_bytes=max(item.num_bytes for item in mine),
+            )
+            with closing(workers.run(self._writer.sync)) as finished:
+                for item in finished:
+                    told(self._plan.tensors[item.tensor].spec.name, item.num_bytes)
+        self._writer.sync()
+
+    def weight_records(self, items: Sequence[WorkItem]) -> tuple[WeightRecord, ...]:
+        """A record for every weight, from the journals; all items must be finished."""
+        records = self._writer.records()
+        merged: dict[str, _Done] = {}
+        for item in items:  # in order, so that sums of floats do not depend on who was first
+            for content in records[item.id].notes:
+                done = _Done.from_json(content)
+                earlier = merged.get(done.weight)
+                merged[done.weight] = done if earlier is None else earlier.merge(done)
+        return tuple(
+            weight_record(decision, merged[decision.name].error, merged[decision.name].seconds)
+            if decision.name in merged
+            else weight_record(decision)
+            for decision in self._plan.decisions
+        )
+
+    def _do(self, item: WorkItem, buffer: torch.Tensor) -> None:
+        ranges: list[WrittenRange] = []
+        notes: list[dict[str, Any]] = []
+        for piece in read_item(self._reader, self._plan.tensors[item.tensor], item, buffer):
+            if piece.decision.scheme is None:
+                name = piece.decision.outputs[0].name
+                ranges.append(self._writer.write(name, finite_bf16(piece), row_start=piece.row_start))
+            else:
+                notes.append(self._quantize(piece, ranges).to_json())
+        self._writer.record(item.id, ranges, notes)
+
+    def _quantize(self, piece: Piece, ranges: list[WrittenRange]) -> _Done:
+        started = time.perf_counter()
+        quantized = quantize_piece(piece)
+        error = measure(piece.values, quantized)
+        seconds = time.perf_counter() - started
+        written = encode_piece(piece, quantized)
+        ranges += [self._writer.write(rows.name, rows.values, rows.row_start) for rows in written]
+        return _Done(weight=piece.decision.name, error=error, seconds=seconds)

@@ -1,0 +1,50 @@
+"""Which format a checkpoint is written in, and which schemes go with it."""
+
+from enum import StrEnum
+
+from llama4_quant.errors import UsageError
+from llama4_quant.scheme import Scheme, Strategy, WeightType, preset
+
+
+class CheckpointFormat(StrEnum):
+    """How a checkpoint is stored."""
+
+    COMPRESSED_TENSORS = "compressed-tensors"
+    """Quantized, one 2-D weight per expert and projection; see compressed_tensors.py."""
+    BF16 = "bf16"
+    """Not quantized, in Hugging Face layout; see bf16.py."""
+    FBGEMM_FP8 = "fbgemm-fp8"
+    """FP8 with fused experts; see fbgemm_fp8.py."""
+
+    @property
+    def fuses_experts(self) -> bool:
+        """Whether the experts of a layer stay in one tensor, as they are in the source."""
+        return self is not CheckpointFormat.COMPRESSED_TENSORS
+
+
+def choose_format(
+    name: str | CheckpointFormat, scheme: str | Scheme | None = None
+) -> tuple[CheckpointFormat, Scheme | None]:
+    """The format of this name, and the scheme to use with it.
+
+    Args:
+        name: `compressed-tensors`, `bf16` or `fbgemm-fp8`.
+        scheme: None is the format's own: W4A16 for compressed-tensors, FP8_DYNAMIC for fbgemm-fp8, none for bf16.
+
+    Raises:
+        UsageError: an unknown format, or one that cannot store the scheme.
+        SchemeError: an unknown scheme.
+    """
+    if name not in set(CheckpointFormat):
+        raise UsageError(f"--format {name}: unknown; known formats: {', '.join(CheckpointFormat)}")
+    chosen = CheckpointFormat(name)
+    if chosen is CheckpointFormat.COMPRESSED_TENSORS:
+        return chosen, preset("W4A16" if scheme is None else scheme)
+    if chosen is CheckpointFormat.BF16:
+        if scheme is not None:
+            raise UsageError("--format bf16 does not quantize; drop --scheme and the options that belong to it")
+        return chosen, None
+    settled = preset("FP8_DYNAMIC" if scheme is None else scheme)
+    if settled.weights.type is not WeightType.FP8 or settled.weights.strategy is not Strategy.CHANNEL:
+        raise UsageError(f"--format fbgemm-fp8 has one scale per output channel: use FP8_DYNAMIC, not {settled.name}")
+    return chosen, settled

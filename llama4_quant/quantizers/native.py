@@ -1,0 +1,145 @@
+"""kernels.cpp as a loaded library: compiled on first use with the C++ compiler of the machine, then kept on disk.
+
+The library is kept under `$XDG_CACHE_HOME/llama4-quant` (else `~/.cache/llama4-quant`), named by a digest of everything
+that it depends on: source, compiler and flags, and the CPU, whose instructions `-march=native` uses. Processes that
+compile at once do the same work and the last rename wins. Without a place to keep it, it lives as long as the process.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+COMPILERS = ("c++", "g++", "clang++")
+# Contraction and fast-math would change results; the two -fno-... only let comparisons and square roots be vectorised.
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-exceptions", "-fno-rtti", "-Wno-psabi", "-shared", "-fPIC"),
+)
+_COMPILE_SECONDS = 180
+
+
+class NativeUnavailableError(Exception):
+    """There is no compiled library; the message says why, for the report."""
+
+
+class Job(ctypes.Structure):
+    """One weight for the library; fields as `struct Job` in kernels.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "codes", "scale", "row_error", "row_weight", "factors")),
+        *((name, ctypes.c_int64) for name in ("num_factors", "rows", "columns", "row_stride", "column_stride")),
+        ("group_size", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("source", "grid", "is_block")),
+    )
+
+
+class Library:
+    """The loaded library. Calls release the GIL and may run at once from any number of threads.
+
+    Attributes:
+        path: where it lies.
+        compiler: what compiled it: the first line of its --version.
+    """
+
+    def __init__(self, path: Path, compiler: str) -> None:
+        self.path = path
+        self.compiler = compiler
+        self._quantize = ctypes.CDLL(str(path)).llama4_quant_quantize
+        self._quantize.argtypes = (ctypes.POINTER(Job),)
+        self._quantize.restype = ctypes.c_int32
+
+    def quantize(self, job: Job) -> int:
+        """Run `job`: 0 is done, 1 NaN or Inf in the weight, 2 out of memory."""
+        return int(self._quantize(ctypes.byref(job)))
+
+
+def build() -> Library:
+    """Compile the library, or take it from the cache.
+
+    Raises:
+        NativeUnavailableError: no compiler, or it failed, or this machine is not little-endian.
+    """
+    if sys.byteorder != "little":
+        raise NativeUnavailableError("the machine is big-endian")
+    command = _compiler()
+    version = _run([command[0], "--version"]).splitlines()[0]
+    source = resources.files("llama4_quant.quantizers").joinpath("kernels.cpp").read_bytes()
+    key = hashlib.sha256("\0".join([version, *command, *FLAGS, _cpu()]).encode() + source).hexdigest()[:24]
+    path = _folder() / f"kernels-{key}.so"
+    try:
+        if not path.exists():
+            _compile(command, source, path)
+        return Library(path, version)
+    except OSError as error:
+        raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
+
+
+def _compiler() -> list[str]:
+    """The command in $CXX, else the first compiler found."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    names = (wanted[0],) if wanted else COMPILERS
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None:
+        raise NativeUnavailableError(f"no C++ compiler found (looked for {', '.join(names)})")
+    return [found, *wanted[1:]]
+
+
+def _compile(command: list[str], source: bytes, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        code, built = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
+        code.write_bytes(source)
+        _run([*command, *FLAGS, str(code), "-o", str(built)])
+        built.replace(path)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"{command[0]} does not run: {error}") from error
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise NativeUnavailableError(f"{command[0]} failed with status {done.returncode}: {first}")
+    return done.stdout
+
+
+def _cpu() -> str:
+    """What -march=native looks at."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
+    first = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+    kept = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
+    return "\n".join([platform.machine(), *(line for line in first if line.startswith(kept) and "MHz" not in line)])
+
+
+def _folder() -> Path:
+    """A folder that nobody else can write to, since what lies in it is executed."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama4-quant"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if (
+            found.st_uid == os.getuid()
+            and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            and os.access(folder, os.W_OK)
+        ):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(_process_folder().name)
+
+
+@functools.cache
+def _process_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="llama4-quant-")

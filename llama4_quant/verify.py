@@ -1,0 +1,252 @@
+"""Is a converted checkpoint whole? Every byte, every header, every code; and with the source, how far every weight is.
+
+Four questions, each only as deep as the ones before allow:
+
+- bytes: the SHA-256 ranges of manifest.json tile every file, so one flipped bit is found, and placed;
+- structure: headers, index, config.json and the tensors agree, as for loading;
+- values: codes and scales decode to finite numbers;
+- the source, if given: kept weights are equal to it, and quantized ones as far from it as the report says.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama4_quant.checkpoint.json_files import read_json
+from llama4_quant.checkpoint.manifest import MANIFEST_NAME, FileDigest, has_self_checksum, read_manifest
+from llama4_quant.checkpoint.reader import CheckpointReader
+from llama4_quant.config import Llama4Config
+from llama4_quant.errors import CheckpointError, Llama4QuantError
+from llama4_quant.formats import compressed_tensors
+from llama4_quant.plan import make_plan
+from llama4_quant.quantizers.error import WeightError, measure
+from llama4_quant.quantizers.lanes import rows_per_scale
+from llama4_quant.quantizers.quantize import QuantizedWeight
+from llama4_quant.report import REPORT_NAME
+from llama4_quant.stored import StoredWeight, quantized_weights
+from llama4_quant.stream import Piece, read_pieces
+
+READ_BYTES = 16 * 2**20
+RELATIVE_TOLERANCE = 1e-6
+"""Errors are summed in float64; the order of the sums may differ from the conversion's."""
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Something that is wrong, and where: a file or a weight."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightDistance:
+    """How far a quantized weight is from the source; `relative_error` is |w - dequantized| / |w|."""
+
+    name: str
+    stored_as: str
+    relative_error: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """The result: no problems means that the checkpoint is whole."""
+
+    output: str
+    source: str | None
+    num_files: int
+    num_bytes: int
+    num_weights: int
+    problems: tuple[Problem, ...]
+    distances: tuple[WeightDistance, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dump`."""
+        return {**asdict(self), "is_whole": self.is_whole}
+
+
+def verify(output: str | Path, *, source: str | Path | None = None, progress: Progress | None = None) -> Verification:
+    """Check a checkpoint that `convert` wrote.
+
+    Args:
+        output: its folder.
+        source: the BF16 checkpoint (a local folder) that it was made from; adds the distance of every weight.
+        progress: called with what is checked and the bytes done more than before.
+
+    Returns:
+        All problems found; damage is data here, not an exception.
+
+    Raises:
+        CheckpointError: `output` is not a folder with a manifest, or the source cannot be used.
+    """
+    folder = Path(output)
+    files = read_manifest(folder)
+    problems = [*_check_files(folder, files, progress)]
+    weights: tuple[StoredWeight, ...] = ()
+    distances: list[WeightDistance] = []
+    try:
+        with CheckpointReader.open(folder) as reader:
+            config = Llama4Config.from_dict(reader.config)
+            weights = quantized_weights(config, reader.tensors)
+            for weight in weights:
+                problems += _check_values(weight, reader)
+            if source is not None:
+                distances, wrong = _compare(Path(source), weights, reader, _promised(folder), progress)
+                problems += wrong
+    except Llama4QuantError as error:
+        problems.append(Problem(where=str(folder), what=str(error)))
+    return Verification(
+        output=str(output),
+        source=None if source is None else str(source),
+        num_files=len(files),
+        num_bytes=sum(file.size for file in files),
+        num_weights=len(weights),
+        problems=tuple(problems),
+        distances=tuple(distances),
+    )
+
+
+def _check_files(folder: Path, files: tuple[FileDigest, ...], progress: Progress | None) -> Iterator[Problem]:
+    for file in files:
+        yield from _check_file(folder / file.name, file)
+        if progress is not None:
+            progress(file.name, file.size)
+    known = {file.name for file in files} | {MANIFEST_NAME, REPORT_NAME}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known:
+            yield Problem(where=path.name, what="is not in the manifest; something else put it here")
+    yield from _check_report(folder / REPORT_NAME)
+
+
+def _check_file(path: Path, expected: FileDigest) -> Iterator[Problem]:
+    if not path.is_file():
+        yield Problem(where=path.name, what="is missing")
+        return
+    size = path.stat().st_size
+    if size != expected.size:
+        yield Problem(where=path.name, what=f"has {size:,} bytes, expected {expected.size:,}")
+        return
+    with path.open("rb", buffering=0) as file:
+        for part in expected.ranges:
+            digest, left = hashlib.sha256(), part.stop - part.start
+            while left and (data := file.read(min(READ_BYTES, left))):
+                digest.update(data)
+                left -= len(data)
+            if digest.hexdigest() != part.sha256:
+                yield Problem(where=path.name, what=f"bytes {part.start:,} to {part.stop:,} are not what was written")
+
+
+def _check_report(path: Path) -> Iterator[Problem]:
+    try:
+        content = read_json(path, CheckpointError)
+    except CheckpointError as error:
+        yield Problem(where=path.name, what=str(error))
+        return
+    if not has_self_checksum(content):
+        yield Problem(where=path.name, what="is not what was written: its checksum does not fit")
+
+
+def _check_values(weight: StoredWeight, reader: CheckpointReader) -> Iterator[Problem]:
+    """Decode what can be decoded; NaN and Inf are problems in scales, FP8 codes and unquantized values alike."""
+    tensors = {name: reader.read(name) for name in weight.tensors}
+    if weight.scheme is not None:
+        try:
+            decoded = compressed_tensors.decode(weight.name, tensors, weight.scheme)
+        except Llama4QuantError as error:
+            yield Problem(where=weight.name, what=str(error))
+            return
+        if decoded.shape != weight.shape:
+            yield Problem(where=weight.name, what=f"decodes to shape {list(decoded.shape)}, not {list(weight.shape)}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            yield Problem(where=name, what="holds NaN or Inf")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.dtype is torch.float8_e4m3fn:  # no Inf; NaN is 0x7f and 0xff
+        return not bool(torch.eq(tensor.view(torch.uint8).bitwise_and(0x7F), 0x7F).any())
+    return bool(torch.isfinite(tensor).all())
+
+
+def _promised(folder: Path) -> dict[str, float]:
+    """Relative errors by weight, as the report has them."""
+    try:
+        weights = read_json(folder / REPORT_NAME, CheckpointError)["weights"]
+        return {w["name"]: w["relative_error"] for w in weights if w["relative_error"] is not None}
+    except (CheckpointError, KeyError, TypeError):
+        return {}  # a damaged report is a problem that _check_report names
+
+
+def _compare(
+    source: Path,
+    weights: tuple[StoredWeight, ...],
+    output: CheckpointReader,
+    promised: dict[str, float],
+    progress: Progress | None,
+) -> tuple[list[WeightDistance], list[Problem]]:
+    by_name = {weight.name: weight for weight in weights}
+    distances: list[WeightDistance] = []
+    problems: list[Problem] = []
+    with CheckpointReader.open(source) as reader:
+        plan = make_plan(Llama4Config.from_dict(reader.config), None, reader.tensors)
+        for tensor in plan.tensors:
+            sums: dict[str, WeightError] = {}
+            for piece in read_pieces(reader, tensor):
+                weight = by_name[piece.decision.name]
+                if weight.scheme is not None:
+                    error = measure(piece.values, _stored_rows(weight, piece, output))
+                    sums[weight.name] = error.merge(sums[weight.name]) if weight.name in sums else error
+                elif not _equals_source(weight, piece, output):
+                    problems.append(Problem(where=weight.name, what="differs from the source, but was to be kept"))
+                if progress is not None:
+                    progress(weight.name, piece.num_bytes)
+            for name, error in sums.items():
+                distances.append(_distance(by_name[name], error))
+                if not math.isclose(error.relative_error, promised.get(name, -1.0), rel_tol=RELATIVE_TOLERANCE):
+                    found = f"relative error {error.relative_error:.6g}"
+                    problems.append(Problem(where=name, what=f"{found}, but the report says {promised.get(name)}"))
+    return distances, problems
+
+
+def _stored_rows(weight: StoredWeight, piece: Piece, output: CheckpointReader) -> QuantizedWeight:
+    """The rows of a quantized weight that a piece of the source stands for."""
+    assert weight.scheme is not None
+    start, stop = piece.row_start, piece.row_start + len(piece.values)
+    block = rows_per_scale(weight.scheme)
+    rows: dict[str, torch.Tensor] = {}
+    for name in weight.tensors:
+        if name.endswith(".weight_shape"):
+            rows[name] = torch.tensor([stop - start, weight.shape[1]])
+        elif name.endswith(".weight_scale"):
+            rows[name] = output.read_rows(name, start // block, -(-stop // block))
+        else:
+            rows[name] = output.read_rows(name, start, stop)
+    return compressed_tensors.decode(weight.name, rows, weight.scheme)
+
+
+def _equals_source(weight: StoredWeight, piece: Piece, output: CheckpointReader) -> bool:
+    stored = output.read_rows(weight.tensors[0], piece.row_start, piece.row_start + len(piece.values))
+    return torch.equal(stored.view(torch.int16), piece.values.to(torch.bfloat16).contiguous().view(torch.int16))
+
+
+def _distance(weight: StoredWeight, error: WeightError) -> WeightDistance:
+    assert weight.scheme is not None
+    return WeightDistance(
+        name=weight.name,
+        stored_as=weight.scheme.label,
+        relative_error=error.relative_error,
+        sqnr_db=error.sqnr_db if error.squared_error else None,
+    )

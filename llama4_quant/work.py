@@ -1,0 +1,188 @@
+"""A plan cut into work items, and how much memory it takes to do them.
+
+An item is one expert of a fused tensor, or a chunk of rows of any other tensor. Items follow from the plan alone and
+not from memory, workers or processes: that is why any of these gives the same bytes, and why a journal of finished
+items stays valid when they change.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama4_quant.checkpoint.layout import parse_size
+from llama4_quant.errors import UsageError
+from llama4_quant.plan import SOURCE_DTYPES, Decision, Plan, TensorPlan
+from llama4_quant.quantizers.lanes import CHUNK_ELEMENTS, rows_per_scale
+from llama4_quant.scheme import FP8_BLOCK_SIZE, WeightScheme, WeightType
+
+CHUNK_BYTES = 128 * 2**20
+"""Source bytes of an item that is a chunk of rows, at most (one block of 128 rows may be more)."""
+
+BASE_BYTES = 96 * 2**20
+"""What a conversion holds besides its workers: modules that only it imports, threads, and slack of the allocator."""
+BYTES_PER_DECISION = 6 * 2**10
+"""Plan, layout, journal, report and manifest, per weight; measured on the plan of Maverick."""
+SCRATCH_BYTES_PER_ELEMENT = 44
+"""Quantizing and measuring work on chunks of rows: five float32 and three float64 values per element at most."""
+WORKER_SLACK_BYTES = 24 * 2**20
+"""Freed blocks that the allocator of a thread keeps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkItem:
+    """One unit of work.
+
+    Attributes:
+        id: its number, counted over the whole plan.
+        tensor: index in `plan.tensors`.
+        expert: of a fused tensor, else None.
+        start, stop: rows of dimension 0, for other tensors; all rows of the slice [in, out] for an expert.
+        num_bytes: of the source.
+    """
+
+    id: int
+    tensor: int
+    expert: int | None
+    start: int
+    stop: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryUse:
+    """How a conversion uses memory, in bytes over what the interpreter with torch holds anyway.
+
+    Attributes:
+        limit: what it may use.
+        predicted: the most that it will use.
+        smallest: the smallest limit that works.
+        per_worker: the most that one worker holds.
+        num_workers: how many work at the same time.
+    """
+
+    limit: int
+    predicted: int
+    smallest: int
+    per_worker: int
+    num_workers: int
+
+
+def work_items(plan: Plan) -> tuple[WorkItem, ...]:
+    """All items of a plan, in the order of its tensors."""
+    items: list[WorkItem] = []
+    for index, tensor in enumerate(plan.tensors):
+        items += tensor_items(tensor, index, first_id=len(items))
+    return tuple(items)
+
+
+def tensor_items(
+    tensor: TensorPlan, index: int = 0, first_id: int = 0, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[WorkItem, ...]:
+    """The items of one tensor, in the order of its bytes."""
+    shape, element = tensor.spec.shape, SOURCE_DTYPES[tensor.dtype]
+    cuts: list[tuple[int | None, int, int]]
+    if len(shape) == 3:
+        cuts = [(expert, 0, shape[1]) for expert in range(shape[0])]
+        row_bytes = element * shape[2]
+    else:
+        row_bytes = element * max(1, tensor.spec.num_weights // shape[0])
+        # A multiple of 128 rows, so that chunks never cut an FP8 block.
+        step = max(1, chunk_bytes // (row_bytes * FP8_BLOCK_SIZE)) * FP8_BLOCK_SIZE
+        cuts = [(None, start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+    return tuple(
+        WorkItem(
+            id=first_id + number,
+            tensor=index,
+            expert=expert,
+            start=start,
+            stop=stop,
+            num_bytes=(stop - start) * row_bytes,
+        )
+        for number, (expert, start, stop) in enumerate(cuts)
+    )
+
+
+def item_decisions(tensor: TensorPlan, item: WorkItem) -> tuple[Decision, ...]:
+    """The decisions that an item carries out, or a part of."""
+    if item.expert is None:
+        return tensor.decisions
+    parts = len(tensor.decisions) // tensor.spec.shape[0]
+    return tensor.decisions[item.expert * parts : (item.expert + 1) * parts]
+
+
+def plan_memory(
+    plan: Plan, items: Sequence[WorkItem], max_memory: int | str | None = None, workers: int | None = None
+) -> MemoryUse:
+    """Choose the number of workers so that memory suffices.
+
+    Args:
+        plan: what is to be done.
+        items: its items.
+        max_memory: bytes, or a size such as "2GiB"; default: a quarter of what this machine gives to the process.
+        workers: at most so many; default: one for each core.
+
+    Raises:
+        UsageError: not a size or number, or not even one worker fits; the message names the smallest size that does.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: expected at least 1")
+    limit = machine_memory() // 4 if max_memory is None else parse_size(max_memory)
+    base = BASE_BYTES + BYTES_PER_DECISION * len(plan.decisions)
+    per_worker = max(_item_memory(plan.tensors[item.tensor], item) for item in items)
+    wanted = min(len(items), workers or len(os.sched_getaffinity(0)))
+    smallest = base + per_worker
+    if smallest > limit:
+        raise UsageError(
+            f"--max-memory {limit:,} bytes is too little: the largest piece of work needs {smallest:,}; "
+            f"give --max-memory {-(-smallest // 2**20)}MiB or more"
+        )
+    num_workers = min(wanted, (limit - base) // per_worker)
+    return MemoryUse(
+        limit=limit,
+        predicted=base + num_workers * per_worker,
+        smallest=-(-smallest // 2**20) * 2**20,
+        per_worker=per_worker,
+        num_workers=num_workers,
+    )
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may use: of the machine, or of its control group if that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+    return min(limits)
+
+
+def _item_memory(tensor: TensorPlan, item: WorkItem) -> int:
+    """The input buffer, the results of one decision at a time, and scratch."""
+    elements = item.num_bytes // SOURCE_DTYPES[tensor.dtype]
+    decisions = item_decisions(tensor, item)
+    results = max(_result_memory(tensor, decision, elements // len(decisions)) for decision in decisions)
+    return item.num_bytes + results + WORKER_SLACK_BYTES
+
+
+def _result_memory(tensor: TensorPlan, decision: Decision, elements: int) -> int:
+    if decision.scheme is None:
+        is_view = tensor.dtype == "BF16" and len(tensor.spec.shape) != 3
+        return (0 if is_view else 2 * elements) + SCRATCH_BYTES_PER_ELEMENT * min(elements, CHUNK_ELEMENTS)
+    in_features = decision.shape[1]
+    transposed = elements if decision.fused else 0  # codes of a byte each, as they are stored
+    encoded = _encoded_memory(decision.scheme, elements, in_features)
+    return encoded + transposed + _scratch_memory(decision.scheme, in_features)
+
+
+def _encoded_memory(scheme: WeightScheme, elements: int, in_features: int) -> int:
+    """Codes of a byte each, packed codes, and scales in float32 and as stored."""
+    num_rows = -(-elements // in_features)
+    scale_rows, scale_columns = scheme.scale_shape(num_rows, in_features)
+    packed = num_rows * -(-in_features // 8) * 4 if scheme.type is WeightType.INT4 else 0
+    return elements + packed + 12 * scale_rows * scale_columns
+
+
+def _scratch_memory(scheme: WeightScheme, in_features: int) -> int:
+    return SCRATCH_BYTES_PER_ELEMENT * max(CHUNK_ELEMENTS, rows_per_scale(scheme) * in_features)

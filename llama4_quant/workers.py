@@ -1,0 +1,107 @@
+"""Threads that do independent items, each with one buffer of its own; stopping lets them finish the items in hand.
+
+Threads suffice, and share memory: torch, file reads and writes, and SHA-256 all release the interpreter's lock.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_PAUSES = 5.0
+
+
+class Workers(Generic[T]):
+    """Does items on some threads, in their order."""
+
+    def __init__(
+        self, items: Sequence[T], do: Callable[[T, torch.Tensor], None], *, num_workers: int, buffer_bytes: int
+    ) -> None:
+        """Nothing is started before `run`.
+
+        Args:
+            items: what to do.
+            do: does one of them; the tensor is uint8 memory that the thread reuses for each of its items.
+            num_workers: number of threads. The cores that torch would use are shared out among them.
+            buffer_bytes: size of each thread's buffer.
+        """
+        self._todo: queue.SimpleQueue[T] = queue.SimpleQueue()
+        for item in items:
+            self._todo.put(item)
+        self._num_items = len(items)
+        self._do = do
+        self._num_workers = min(num_workers, len(items))
+        self._buffer_bytes = buffer_bytes
+        self._stop = threading.Event()
+        self._next_pause = 0.0
+        self._done: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+
+    def run(self, pause: Callable[[], None]) -> Generator[T, None, None]:
+        """Do all items; yields each when it is finished, in no particular order.
+
+        Whatever ends this early (an error in an item, a signal's exception, `close`) lets the items in hand be finished
+        first.
+
+        Args:
+            pause: called by the waiting thread every few seconds.
+
+        Raises:
+            BaseException: what `do` raised.
+        """
+        self._next_pause = time.monotonic() + SECONDS_BETWEEN_PAUSES
+        num_threads = torch.get_num_threads()
+        threads = [
+            threading.Thread(target=self._work, args=(max(1, num_threads // self._num_workers),), daemon=True)
+            for _ in range(self._num_workers)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in range(self._num_items):
+                yield self._next(pause)
+        finally:
+            self._stop.set()
+            _join(threads)
+            torch.set_num_threads(num_threads)
+
+    def _next(self, pause: Callable[[], None]) -> T:
+        while True:
+            left = self._next_pause - time.monotonic()
+            if left <= 0:
+                pause()
+                self._next_pause = time.monotonic() + SECONDS_BETWEEN_PAUSES
+                continue
+            try:
+                result = self._done.get(timeout=left)
+            except queue.Empty:
+                continue
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+    def _work(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)  # of this thread's parallel regions
+        try:
+            buffer = torch.empty(self._buffer_bytes, dtype=torch.uint8)
+            while not self._stop.is_set():
+                item = self._todo.get_nowait()
+                self._do(item, buffer)
+                self._done.put(item)
+        except queue.Empty:
+            return
+        except BaseException as error:  # noqa: BLE001 - it is raised where the items are waited for
+            self._done.put(error)
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    """Wait for all of them, and let no second signal cut that short: they write to files that are closed next."""
+    for thread in threads:
+        while thread.is_alive():
+            with suppress(KeyboardInterrupt, SystemExit):
+                thread.join()

@@ -1,0 +1,45 @@
+"""What the tests of interrupted conversions share."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+DRIVER = Path(__file__).with_name("driver.py")
+ROOT = DRIVER.parents[2]
+STAGING = ".llama4-quant-partial"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(*arguments: object, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """The driver as a process; `launcher` are the arguments of Python before the script."""
+    command = [sys.executable, *launcher, str(DRIVER), *map(str, arguments)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments: object, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """The driver, to its end."""
+    process = start(*arguments, launcher=launcher)
+    out, err = process.communicate(timeout=500)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def num_finished(out: Path) -> int:
+    """How many items the journals of an unfinished output hold."""
+    return sum(path.read_bytes().count(b'{"item"') for path in (out / STAGING).glob("journal-*.jsonl"))
+
+
+def wait_for_items(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    """Wait until the conversion has finished that many items."""
+    deadline = time.monotonic() + 120
+    while num_finished(out) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of an output but the report, which holds times."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "quantization_report.json"}
