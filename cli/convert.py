@@ -1,6 +1,7 @@
 """`llama4-quant convert`."""
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ import click
 
 from llama4_quant.checkpoint.layout import parse_size
 from llama4_quant.checkpoint.resume import Resume
-from llama4_quant.cli.options import SCHEMES, json_option, scheme_from, scheme_options
+from llama4_quant.cli.options import SCHEMES, json_option, scheme_for, scheme_options
 from llama4_quant.cli.progress import byte_progress
 from llama4_quant.cli.tables import console, count, parameters, size, table
 from llama4_quant.convert import convert, dry_run
 from llama4_quant.errors import UsageError
+from llama4_quant.formats.choice import CheckpointFormat
 from llama4_quant.ranks import Rank
-from llama4_quant.report import REPORT_NAME, Report
+from llama4_quant.report import REPORT_NAME, Report, WeightRecord
 
 NUM_WORST = 5
 
@@ -23,7 +25,15 @@ NUM_WORST = 5
 @click.command("convert", short_help="Convert a BF16 checkpoint to FP8 or int4.")
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help="Directory to make.")
-@scheme_options(scheme_help=f"{SCHEMES}.", default="W4A16")
+@click.option(
+    "--format",
+    "storage",
+    type=click.Choice([storage.value for storage in CheckpointFormat]),
+    default=CheckpointFormat.COMPRESSED_TENSORS.value,
+    show_default=True,
+    help="How OUT is stored; bf16 does not quantize.",
+)
+@scheme_options(scheme_help=f"{SCHEMES}. [default: W4A16; for fbgemm-fp8 FP8_DYNAMIC]", default=None)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file: 5GB, 512MiB, ...")
 @click.option(
     "--max-memory", metavar="SIZE", help="Hold at most so much: 2GiB, ... [default: a quarter of the machine]"
@@ -36,6 +46,11 @@ NUM_WORST = 5
     show_default=True,
     help="An interrupted conversion in OUT: continue it if there is one; continue it or fail; delete it.",
 )
+@click.option(
+    "--delete-source-shards",
+    is_flag=True,
+    help="Hub ids only: download, convert and delete shard by shard; local folders and the Hub's cache stay.",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is in OUT.")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Show the decision about every weight, and write nothing.")
@@ -47,10 +62,12 @@ NUM_WORST = 5
 def convert_command(
     source: str,
     output: Path | None,
+    storage: str,
     max_shard_size: str,
     max_memory: str | None,
     workers: int | None,
     resume: str,
+    delete_source_shards: bool,
     revision: str | None,
     overwrite: bool,
     is_dry_run: bool,
@@ -61,22 +78,30 @@ def convert_command(
 ) -> None:
     """Convert the BF16 Llama 4 checkpoint SRC (a directory or a Hub id) to FP8 or int4.
 
-    The output is a compressed-tensors checkpoint that llama4-quant, transformers and vLLM load, with a
-    quantization_report.json beside it. A conversion that was interrupted is continued by the same command. With
-    torchrun (-m llama4_quant.cli) several processes share the work, on one or more machines.
+    SRC may be in Meta's original layout (params.json, consolidated.NN.pth). Unless --format says otherwise, the output
+    is a compressed-tensors checkpoint that llama4-quant, transformers and vLLM load. A quantization_report.json stands
+    beside it. A conversion that was interrupted is continued by the same command. With torchrun (-m llama4_quant.cli)
+    several processes share the work, on one or more machines.
 
     \b
     llama4-quant convert meta-llama/Llama-4-Scout-17B-16E-Instruct -o scout-w4a16 --scheme W4A16
     llama4-quant convert ./scout -o scout-fp8 --scheme FP8_DYNAMIC --quantize attention
+    llama4-quant convert ./Llama-4-Scout-17B-16E-Original -o scout-hf --format bf16
     llama4-quant convert --dry-run --config-only config.json --scheme W4A16 --group-size 64
     """  # noqa: D301 - \b is click's mark for lines that must not be wrapped
-    scheme, shard_size = scheme_from(settings), parse_size(max_shard_size)
+    scheme, shard_size = scheme_for(storage, settings), parse_size(max_shard_size)
     if not is_dry_run and (config_only or save_plan is not None):
         raise UsageError("--config-only and --save-plan go with --dry-run")
     if not is_dry_run and output is None:
         raise UsageError("convert needs -o OUT, the directory to make (or --dry-run)")
     planned = dry_run(
-        source, scheme=scheme, revision=revision, config_only=config_only, max_memory=max_memory, workers=workers
+        source,
+        scheme=scheme,
+        format=storage,
+        revision=revision,
+        config_only=config_only,
+        max_memory=max_memory,
+        workers=workers,
     )
     if is_dry_run:
         if save_plan is not None:
@@ -90,10 +115,12 @@ def convert_command(
             source,
             output,
             scheme=scheme,
+            format=storage,
             max_shard_size=shard_size,
             max_memory=max_memory,
             workers=workers,
             resume=resume,
+            delete_source_shards=delete_source_shards,
             overwrite=overwrite,
             revision=revision,
             progress=advance,
@@ -136,13 +163,18 @@ def _show(report: Report, *, as_json: bool) -> None:
 def _show_result(report: Report) -> None:
     out = console()
     measured = [weight for weight in report.weights if weight.relative_error is not None]
-    worst = table("Largest errors", "weight", "stored as", "relative error", "SQNR dB", left=2)
-    for weight in sorted(measured, key=lambda w: -(w.relative_error or 0.0))[:NUM_WORST]:
-        sqnr = "exact" if weight.sqnr_db is None else f"{weight.sqnr_db:.2f}"
-        worst.add_row(weight.name, weight.scheme, f"{weight.relative_error:.4f}", sqnr)
-    out.print(worst)
+    if measured:
+        _show_worst(measured)
     assert report.output is not None
     assert report.seconds is not None
     out.print(
         f"wrote {report.output} in {report.seconds:.1f} s; every weight is in {Path(report.output) / REPORT_NAME}"
     )
+
+
+def _show_worst(measured: Sequence[WeightRecord]) -> None:
+    worst = table("Largest errors", "weight", "stored as", "relative error", "SQNR dB", left=2)
+    for weight in sorted(measured, key=lambda w: -(w.relative_error or 0.0))[:NUM_WORST]:
+        sqnr = "exact" if weight.sqnr_db is None else f"{weight.sqnr_db:.2f}"
+        worst.add_row(weight.name, weight.scheme, f"{weight.relative_error:.4f}", sqnr)
+    console().print(worst)

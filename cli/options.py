@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from llama4_quant.errors import UsageError
+from llama4_quant.formats.choice import DEFAULT_SCHEMES, choose_format
 from llama4_quant.scheme import INT4_GROUP_SIZES, Observer, Scheme, SchemeName, preset
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -47,9 +48,14 @@ def scheme_options(*, scheme_help: str, default: str | None) -> Decorator:
     return _chain(options)
 
 
-def scheme_from(settings: Mapping[str, Any]) -> Scheme:
-    """The Scheme that the options of `scheme_options` describe; --scheme must have been given."""
-    return preset(settings["scheme"], **{key: value for key, value in settings.items() if key != "scheme"})
+def scheme_for(storage: str, settings: Mapping[str, Any]) -> Scheme | None:
+    """The Scheme that the options of `scheme_options` describe for a format, or None if it does not quantize.
+
+    Raises:
+        UsageError: the options do not go with the format.
+    """
+    name = settings["scheme"] or DEFAULT_SCHEMES.get(storage)
+    return choose_format(storage, optional_scheme(**{**settings, "scheme": name}))[1]
 
 
 def optional_scheme(
@@ -63,9 +69,7 @@ def optional_scheme(
     if scheme is not None:
         return preset(scheme, group_size=group_size, observer=observer, quantize=quantize, ignore=ignore)
     if group_size is not None or observer != Observer.MSE or quantize or ignore:
-        raise UsageError(
-            "--group-size, --observer, --quantize and --ignore say how to quantize while loading; add --scheme"
-        )
+        raise UsageError("--group-size, --observer, --quantize and --ignore say how to quantize; add --scheme")
     return None
 
 

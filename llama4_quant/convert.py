@@ -17,16 +17,18 @@ from typing import Any
 
 from llama4_quant._version import __version__
 from llama4_quant.architecture import Role
+from llama4_quant.checkpoint.hub_reader import HubReader
 from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.layout import layout_shards, parse_size
-from llama4_quant.checkpoint.paths import CONFIG_NAME
+from llama4_quant.checkpoint.paths import CONFIG_NAME, DOWNLOAD_NAME, STAGING_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.resume import Job, Resume, parse_resume
-from llama4_quant.checkpoint.source import open_source, side_files
+from llama4_quant.checkpoint.source import open_headers, open_source, side_files
+from llama4_quant.checkpoint.staging import check_output
 from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.config import Llama4Config
 from llama4_quant.conversion import Conversion
-from llama4_quant.errors import OutputError, QuantizationError
+from llama4_quant.errors import OutputError, QuantizationError, UsageError
 from llama4_quant.formats import compressed_tensors, fbgemm_fp8
 from llama4_quant.formats.choice import CheckpointFormat, choose_format
 from llama4_quant.plan import Plan, make_plan
@@ -69,7 +71,7 @@ def dry_run(
         config = Llama4Config.from_file(path / "config.json" if path.is_dir() else path)
         plan = make_plan(config, chosen, format=storage)
         return make_report(plan, str(source), memory=plan_memory(plan, work_items(plan), max_memory, workers))
-    with open_source(str(source), revision) as reader:
+    with open_headers(str(source), revision) as reader:
         config = Llama4Config.from_dict(reader.config)
         plan = make_plan(config, chosen, reader.tensors, storage)
         return make_report(plan, str(source), memory=plan_memory(plan, work_items(plan), max_memory, workers))
@@ -87,6 +89,7 @@ def convert(
     max_memory: int | str | None = None,
     workers: int | None = None,
     resume: str = Resume.AUTO,
+    delete_source_shards: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Convert a BF16 Llama 4 checkpoint to a quantized one, or to another layout.
@@ -105,6 +108,8 @@ def convert(
         workers: threads that work at the same time, at most; default: one for each core.
         resume: "auto" continues an interrupted conversion in `output` if it is the same one, and refuses if it is
             another; "required" refuses if there is none; "never" deletes it and begins anew.
+        delete_source_shards: for a Hub id: download, convert and delete shard by shard, so that the disk holds the
+            output and a few shards. Local folders and the Hub's cache are never touched.
         progress: called after each piece of work.
 
     Under torchrun (RANK and WORLD_SIZE in the environment) every process has to call this: they share the work, and
@@ -122,7 +127,9 @@ def convert(
     mode, rank = parse_resume(resume), Rank.from_environment()
     storage, chosen = choose_format(format, scheme)
     out = Path(output)
-    with open_source(str(source), revision) as reader:
+    with open_source(
+        str(source), revision, download_to=_downloads(out, rank, overwrite=overwrite) if delete_source_shards else None
+    ) as reader:
         config = Llama4Config.from_dict(reader.config)
         plan = make_plan(config, chosen, reader.tensors, storage)
         items = work_items(plan)
@@ -143,6 +150,9 @@ def convert(
                     CheckpointWriter(out, layout, overwrite=overwrite, source=reader.path, job=job)
                 )
                 mine = _share(plan, items, writer.records(), reader, rank)
+                if isinstance(reader, HubReader):
+                    reader.require_space()
+                    reader.expect((plan.tensors[item.tensor].spec.name, item.num_bytes) for item in mine)
                 meet()  # nobody begins before all have seen what is left
             conversion = Conversion(plan, reader, writer)
             conversion.run(items, mine, memory, progress)
@@ -160,6 +170,14 @@ def convert(
                 config=output_config(plan),
                 copies={path.name: path for path in side_files(reader.path)},
             )
+
+
+def _downloads(out: Path, rank: Rank, *, overwrite: bool) -> Path:
+    """Where shards are downloaded to that are deleted after use: inside the output, if that may be written at all."""
+    check_output(out.resolve(), overwrite=overwrite, source=None)
+    if rank.world_size > 1:
+        raise UsageError("--delete-source-shards works in one process, since each would download every shard")
+    return out / STAGING_NAME / DOWNLOAD_NAME
 
 
 def output_config(plan: Plan) -> dict[str, Any]:

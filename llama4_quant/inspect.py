@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.checkpoint.source import open_source
+from llama4_quant.checkpoint.source import open_headers
 from llama4_quant.config import Llama4Config, TextConfig, VisionConfig
 from llama4_quant.plan import make_plan
 from llama4_quant.stored import quantization_section, quantized_weights
@@ -57,7 +57,7 @@ def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
     Raises:
         Llama4QuantError: not a Llama 4 checkpoint, or its tensors are not what config.json promises.
     """
-    with open_source(str(source), revision) as reader:
+    with open_headers(str(source), revision) as reader:
         config = Llama4Config.from_dict(reader.config)
         weights = tuple(_weights(config, reader))
         return Inspection(

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from llama4_quant.architecture import TensorSpec
 from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME, FileDigest, has_self_checksum, read_manifest
 from llama4_quant.checkpoint.reader import CheckpointReader
+from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
 from llama4_quant.errors import CheckpointError, Llama4QuantError
 from llama4_quant.formats import compressed_tensors
@@ -99,12 +101,11 @@ def verify(output: str | Path, *, source: str | Path | None = None, progress: Pr
     distances: list[WeightDistance] = []
     try:
         with CheckpointReader.open(folder) as reader:
-            config = Llama4Config.from_dict(reader.config)
-            weights = quantized_weights(config, reader.tensors)
+            weights = _stored(reader)
             for weight in weights:
                 problems += _check_values(weight, reader)
             if source is not None:
-                distances, wrong = _compare(Path(source), weights, reader, _promised(folder), progress)
+                distances, wrong = _compare(str(source), weights, reader, _promised(folder), progress)
                 problems += wrong
     except Llama4QuantError as error:
         problems.append(Problem(where=str(folder), what=str(error)))
@@ -117,6 +118,21 @@ def verify(output: str | Path, *, source: str | Path | None = None, progress: Pr
         problems=tuple(problems),
         distances=tuple(distances),
     )
+
+
+def _stored(reader: CheckpointReader) -> tuple[StoredWeight, ...]:
+    """Every weight, checked against config.json; of a checkpoint without quantization, every tensor."""
+    config = Llama4Config.from_dict(reader.config)
+    if config.quantization:
+        return quantized_weights(config, reader.tensors)
+    plan = make_plan(config, None, reader.tensors)
+    return tuple(_whole_tensor(tensor.spec) for tensor in plan.tensors)
+
+
+def _whole_tensor(spec: TensorSpec) -> StoredWeight:
+    """A tensor as one weight: under its module's name if it is a linear weight, and not fused experts."""
+    name = spec.linears[0].name if spec.linears and len(spec.shape) == 2 else spec.name
+    return StoredWeight(name=name, role=spec.role, shape=spec.shape, scheme=None, linear=None, tensors=(spec.name,))
 
 
 def _check_files(folder: Path, files: tuple[FileDigest, ...], progress: Progress | None) -> Iterator[Problem]:
@@ -191,7 +207,7 @@ def _promised(folder: Path) -> dict[str, float]:
 
 
 def _compare(
-    source: Path,
+    source: str,
     weights: tuple[StoredWeight, ...],
     output: CheckpointReader,
     promised: dict[str, float],
@@ -200,9 +216,12 @@ def _compare(
     by_name = {weight.name: weight for weight in weights}
     distances: list[WeightDistance] = []
     problems: list[Problem] = []
-    with CheckpointReader.open(source) as reader:
+    with open_source(source) as reader:
         plan = make_plan(Llama4Config.from_dict(reader.config), None, reader.tensors)
         for tensor in plan.tensors:
+            if tensor.spec.name in by_name and len(tensor.spec.shape) == 3:  # experts that stay fused
+                problems += _compare_fused(tensor.spec.name, reader, output)
+                continue
             sums: dict[str, WeightError] = {}
             for piece in read_pieces(reader, tensor):
                 weight = by_name[piece.decision.name]
@@ -219,6 +238,13 @@ def _compare(
                     found = f"relative error {error.relative_error:.6g}"
                     problems.append(Problem(where=name, what=f"{found}, but the report says {promised.get(name)}"))
     return distances, problems
+
+
+def _compare_fused(name: str, source: CheckpointReader, output: CheckpointReader) -> Iterator[Problem]:
+    for expert in range(source.tensors[name].shape[0]):
+        expected = source.read_rows(name, expert, expert + 1).to(torch.bfloat16)
+        if not torch.equal(expected.view(torch.int16), output.read_rows(name, expert, expert + 1).view(torch.int16)):
+            yield Problem(where=f"{name}, expert {expert}", what="differs from the source, but was to be kept")
 
 
 def _stored_rows(weight: StoredWeight, piece: Piece, output: CheckpointReader) -> QuantizedWeight:

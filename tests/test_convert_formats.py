@@ -7,10 +7,12 @@ import pytest
 import torch
 from checkpoint.meta_files import meta_shards, params_json, write_meta
 from checkpoints import make_checkpoint, multimodal_config, random_tensors, text_config, write_checkpoint
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import llama4_quant
 from llama4_quant.architecture import Llama4Config, linear_specs
+from llama4_quant.cli.main import cli
 from llama4_quant.convert import convert, dry_run
 from llama4_quant.errors import QuantizationError, SchemeError, UsageError
 from llama4_quant.formats import fbgemm_fp8
@@ -193,3 +195,19 @@ def test_expert_rows_of_down_proj_have_scales_by_output() -> None:
     assert (weights.name, weights.row_start, tuple(weights.values.shape)) == ("x.experts.down_proj", 3, (1, 4, 6))
     assert (scales.name, tuple(scales.values.shape)) == ("x.experts.down_proj_scale", (1, 6, 1))
     assert scales.values.flatten().tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_formats_on_the_command_line(meta_source: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(cli, ["convert", str(meta_source), *arguments])
+        return result.exit_code, result.output
+
+    code, output = run("-o", str(tmp_path / "bf16"), "--format", "bf16")
+    assert code == 0, output
+    assert "Largest errors" not in output
+    assert_same(read_all(tmp_path / "bf16"), TENSORS)
+    assert "FP8_DYNAMIC (fp8 channel, mse), fbgemm-fp8" in run("--dry-run", "--json", "--format", "fbgemm-fp8")[1]
+    assert "W4A16 (int4 g32, mse)" in run("--dry-run", "--json", "--group-size", "32")[1]
+    for wrong in (["--scheme", "W4A16"], ["--group-size", "32"], ["--quantize", "attention"]):
+        assert run("--dry-run", "--format", "bf16", *wrong)[0] != 0
+    assert run("--dry-run", "--format", "gguf")[0] == 2

@@ -155,6 +155,15 @@ def test_nan_codes_of_fp8(source: Path, tmp_path: Path) -> None:
     assert f"{NAME}.weight: holds NaN" in whats(verify(tmp_path / "out"))
 
 
+def test_a_checkpoint_that_is_not_quantized(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", format="bf16")
+    assert whats(verify(tmp_path / "out", source=source)) == ""
+    overwrite(tmp_path / "out", "model.layers.1.feed_forward.experts.down_proj", b"\x00\x00")
+    assert verify(tmp_path / "out").is_whole
+    text = whats(verify(tmp_path / "out", source=source))
+    assert "experts.down_proj, expert 0: differs from the source" in text
+
+
 def test_without_a_manifest(source: Path) -> None:
     with pytest.raises(CheckpointError, match=MANIFEST_NAME):
         verify(source)

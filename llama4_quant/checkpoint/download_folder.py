@@ -13,8 +13,6 @@ from llama4_quant.checkpoint.files import os_errors
 from llama4_quant.checkpoint.locks import try_lock
 from llama4_quant.errors import OutputError
 
-DOWNLOAD_NAME = "source"
-"""Best place: this folder inside the staging folder of the output, where publishing removes it."""
 MARK_NAME = ".llama4-quant-download"
 SCRATCH_PREFIX = ".headers-"
 _PARTIAL_PATTERN = ".cache/huggingface/download/*.incomplete"

@@ -13,6 +13,8 @@ from llama4_quant.errors import CheckpointError
 
 STAGING_NAME = ".llama4-quant-partial"
 """Folder inside an output that holds what is not finished; without config.json beside it the output is unfinished."""
+DOWNLOAD_NAME = "source"
+"""Folder in the staging folder for shards that are deleted after use; publishing removes it."""
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"

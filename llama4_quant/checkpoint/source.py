@@ -1,14 +1,17 @@
 """Finding the source checkpoint, on disk or on the Hub, and the files beside its weights that an output takes over."""
 
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from llama4_quant.checkpoint.hub import SIDE_PATTERNS, download_checkpoint
 from llama4_quant.checkpoint.hub_reader import HubReader
 from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.meta import MetaReader, is_meta_layout
-from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, is_plain_name, locate
+from llama4_quant.checkpoint.paths import CONFIG_NAME, DOWNLOAD_NAME, INDEX_NAME, is_plain_name, locate
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.errors import CheckpointError, UsageError
 
@@ -58,6 +61,24 @@ def open_source(path_or_id: str, revision: str | None = None, *, download_to: Pa
             "folder or of the Hub's cache; drop it, or give a Hub id (organisation/name)"
         )
     return HubReader.connect(path_or_id, revision, folder=download_to)
+
+
+@contextmanager
+def open_headers(path_or_id: str, revision: str | None = None) -> Iterator[CheckpointReader]:
+    """Open a checkpoint to look at its headers: of a Hub repository no weights are downloaded, if that is possible.
+
+    Args and errors as of `open_source`.
+    """
+    with ExitStack() as stack:
+        yield stack.enter_context(_headers_of(path_or_id, revision, stack))
+
+
+def _headers_of(path_or_id: str, revision: str | None, stack: ExitStack) -> CheckpointReader:
+    if _local(path_or_id, revision) is None:
+        scratch = Path(stack.enter_context(TemporaryDirectory()))
+        with suppress(CheckpointError):  # no connection, or Meta's layout: the Hub's cache may have all of it
+            return HubReader.connect(path_or_id, revision, folder=scratch / DOWNLOAD_NAME)
+    return open_source(path_or_id, revision)
 
 
 def side_files(source: Path) -> tuple[Path, ...]:

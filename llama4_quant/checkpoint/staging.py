@@ -23,7 +23,7 @@ from llama4_quant.checkpoint.buffers import write_from
 from llama4_quant.checkpoint.files import has_size, no_space, os_errors, replacing, reserve, sync_folder
 from llama4_quant.checkpoint.layout import SHARD_NAME
 from llama4_quant.checkpoint.locks import LOCK_NAME, TURN_NAME, FolderLock, Turn
-from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, STAGING_NAME
+from llama4_quant.checkpoint.paths import CONFIG_NAME, DOWNLOAD_NAME, INDEX_NAME, STAGING_NAME
 from llama4_quant.errors import OutputError
 
 _PUBLISHING_NAME = "publishing"
@@ -58,7 +58,7 @@ class Staging:
         self._together = together
         with os_errors(f"{out}: cannot be created", self.out, 1):
             self._made_out = not self.out.exists()
-            _check_output(self.out, overwrite=overwrite, source=source)
+            check_output(self.out, overwrite=overwrite, source=source)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._turn = Turn(self.folder) if together else None
             try:
@@ -80,6 +80,8 @@ class Staging:
         """Remove what an earlier process has left, but not the locks."""
         with os_errors(f"{self.folder}: cannot be emptied"):
             for entry in list(self.folder.iterdir()):
+                if entry.name == DOWNLOAD_NAME:
+                    continue  # in use by the reader of this very conversion
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 elif entry.name not in {LOCK_NAME, TURN_NAME}:
@@ -212,7 +214,8 @@ class Staging:
             self._turn.close()
 
 
-def _check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
+def check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
+    """Raise OutputError if `out` must not be written: it is the source, holds a checkpoint, or something else."""
     if source is not None and out.exists() and source.exists() and out.samefile(source):
         raise OutputError(f"{out}: this is the source itself; choose another output folder")
     if not out.exists():

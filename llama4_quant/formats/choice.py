@@ -1,9 +1,11 @@
 """Which format a checkpoint is written in, and which schemes go with it."""
 
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 
 from llama4_quant.errors import UsageError
-from llama4_quant.scheme import Scheme, Strategy, WeightType, preset
+from llama4_quant.scheme import Scheme, SchemeName, Strategy, WeightType, preset
 
 
 class CheckpointFormat(StrEnum):
@@ -20,6 +22,15 @@ class CheckpointFormat(StrEnum):
     def fuses_experts(self) -> bool:
         """Whether the experts of a layer stay in one tensor, as they are in the source."""
         return self is not CheckpointFormat.COMPRESSED_TENSORS
+
+
+DEFAULT_SCHEMES: Mapping[str, str] = MappingProxyType(
+    {
+        CheckpointFormat.COMPRESSED_TENSORS: SchemeName.W4A16,
+        CheckpointFormat.FBGEMM_FP8: SchemeName.FP8_DYNAMIC,
+    }
+)
+"""What a format stores unless it is told otherwise."""
 
 
 def choose_format(
@@ -39,12 +50,12 @@ def choose_format(
         raise UsageError(f"--format {name}: unknown; known formats: {', '.join(CheckpointFormat)}")
     chosen = CheckpointFormat(name)
     if chosen is CheckpointFormat.COMPRESSED_TENSORS:
-        return chosen, preset("W4A16" if scheme is None else scheme)
+        return chosen, preset(scheme or DEFAULT_SCHEMES[chosen])
     if chosen is CheckpointFormat.BF16:
         if scheme is not None:
             raise UsageError("--format bf16 does not quantize; drop --scheme and the options that belong to it")
         return chosen, None
-    settled = preset("FP8_DYNAMIC" if scheme is None else scheme)
+    settled = preset(scheme or DEFAULT_SCHEMES[chosen])
     if settled.weights.type is not WeightType.FP8 or settled.weights.strategy is not Strategy.CHANNEL:
         raise UsageError(f"--format fbgemm-fp8 has one scale per output channel: use FP8_DYNAMIC, not {settled.name}")
     return chosen, settled

@@ -15,12 +15,15 @@ from llama4_quant.scheme import FP8_BLOCK_SIZE, Observer, Strategy, WeightScheme
 def quantize_compiled(
     weight: Tensor, scheme: WeightScheme, library: Library, out: Tensor | None = None
 ) -> PackedWeight:
-    """Quantize one weight; see `quantize_weight` for arguments and errors.
+    """Quantize one weight; errors as `quantize_weight`.
 
     Holds, besides the result, 16 bytes a row and the scratch of kernels.cpp: less than 1 MiB, or 32 rows of the weight
     and 9 bytes an input where one row has one scale.
 
     Args:
+        weight: as for `quantize_weight`, on the CPU.
+        scheme: as for `quantize_weight`.
+        library: the compiled kernels.
         out: contiguous uint8 of `code_bytes` or more for the codes, which are a view of it; new memory if None.
     """
     check_weight(weight, scheme)

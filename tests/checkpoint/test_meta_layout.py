@@ -105,7 +105,7 @@ def test_rows_of_other_tensors(tmp_path: Path, name: str) -> None:
         assert same_bits(reader.read_rows(name, 1, len(expected) - 1), expected[1:-1])
 
 
-def test_reading_takes_no_memory_beyond_what_is_asked_for(tmp_path: Path) -> None:
+def test_files_are_known_and_not_mapped(tmp_path: Path) -> None:
     with MetaReader.open(meta_folder(tmp_path / "meta", 2)) as reader:
         mapped = Path("/proc/self/maps").read_text()
         assert "consolidated" not in mapped  # the files are not mapped either

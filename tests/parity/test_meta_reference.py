@@ -48,7 +48,7 @@ both sides, add up to 16 u sqrt(32) = 5.4e-6. The largest of 10^4 normal errors 
 
 @pytest.fixture(autouse=True)
 def single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """fairscale's groups of one process; the reference allocates its cache with `.cuda()` and changes default dtypes."""
+    """fairscale's groups of one process; the reference allocates with `.cuda()` and changes default dtypes."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
