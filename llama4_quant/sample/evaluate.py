@@ -174,7 +174,7 @@ def _count_into(counts_E: Tensor) -> Callable[[nn.Module, object, tuple[Tensor, 
 
 @click.command()
 @click.option("--model", "folder", type=click.Path(exists=True, path_type=Path), default=SAMPLE_DIR, help="Checkpoint.")
-@click.option("--threads", default=2, show_default=True, help="Threads that torch uses.")
+@click.option("--threads", default=1, show_default=True, help="Threads that torch uses.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(*, folder: Path, threads: int, as_json: bool) -> None:
     """Print held-out perplexity beside its baselines, caption accuracy, and how evenly experts are used."""
