@@ -12,7 +12,8 @@ from llama4_quant.checkpoint.journal import WrittenRange
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.plan import Plan
-from llama4_quant.quantizers.error import WeightError, measure
+from llama4_quant.quantizers.backend import Backend
+from llama4_quant.quantizers.error import WeightError
 from llama4_quant.report import WeightRecord, weight_record
 from llama4_quant.stream import Piece, Progress, encode_piece, finite_bf16, quantize_piece, read_item
 from llama4_quant.work import MemoryUse, WorkItem
@@ -41,8 +42,9 @@ class _Done:
 class Conversion:
     """One plan on its way from a reader to a writer."""
 
-    def __init__(self, plan: Plan, reader: CheckpointReader, writer: CheckpointWriter) -> None:
+    def __init__(self, plan: Plan, reader: CheckpointReader, writer: CheckpointWriter, backend: Backend) -> None:
         self._plan = plan
+        self._backend = backend
         self._reader = reader
         self._writer = writer
 
@@ -104,9 +106,8 @@ class Conversion:
 
     def _quantize(self, piece: Piece, ranges: list[WrittenRange]) -> _Done:
         started = time.perf_counter()
-        quantized = quantize_piece(piece)
-        error = measure(piece.values, quantized)
+        quantized = quantize_piece(piece, self._backend)
         seconds = time.perf_counter() - started
         written = encode_piece(piece, quantized)
         ranges += [self._writer.write(rows.name, rows.values, rows.row_start) for rows in written]
-        return _Done(weight=piece.decision.name, error=error, seconds=seconds)
+        return _Done(weight=piece.decision.name, error=quantized.error, seconds=seconds)

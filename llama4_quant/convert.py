@@ -32,6 +32,7 @@ from llama4_quant.errors import OutputError, QuantizationError, UsageError
 from llama4_quant.formats import compressed_tensors, fbgemm_fp8
 from llama4_quant.formats.choice import CheckpointFormat, choose_format
 from llama4_quant.plan import Plan, make_plan
+from llama4_quant.quantizers.backend import choose_backend
 from llama4_quant.ranks import Rank
 from llama4_quant.report import REPORT_NAME, Report, make_report
 from llama4_quant.scheme import Scheme
@@ -154,7 +155,7 @@ def convert(
                     reader.require_space()
                     reader.expect((plan.tensors[item.tensor].spec.name, item.num_bytes) for item in mine)
                 meet()  # nobody begins before all have seen what is left
-            conversion = Conversion(plan, reader, writer)
+            conversion = Conversion(plan, reader, writer, choose_backend())
             conversion.run(items, mine, memory, progress)
             return _publish(
                 writer,

@@ -12,11 +12,12 @@ import torch
 
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.errors import QuantizationError
-from llama4_quant.formats.compressed_tensors import EncodedRows, encode_rows
+from llama4_quant.formats.compressed_tensors import EncodedRows, encode_packed
 from llama4_quant.formats.fbgemm_fp8 import encode_expert
 from llama4_quant.plan import Decision, TensorPlan
+from llama4_quant.quantizers.backend import Backend
 from llama4_quant.quantizers.lanes import CHUNK_ELEMENTS
-from llama4_quant.quantizers.quantize import QuantizedWeight, quantize_weight
+from llama4_quant.quantizers.packed import PackedWeight
 from llama4_quant.work import CHUNK_BYTES, WorkItem, item_decisions, tensor_items
 
 Progress = Callable[[str, int], None]
@@ -75,27 +76,34 @@ def read_item(
         yield _piece(decision, columns.T, 0)
 
 
-def quantize_piece(piece: Piece) -> QuantizedWeight:
+def quantize_piece(piece: Piece, backend: Backend, out: torch.Tensor | None = None) -> PackedWeight:
     """Quantize a piece as its plan says.
+
+    Args:
+        piece: rows of a weight that is to be quantized.
+        backend: what quantizes; the bytes do not depend on it.
+        out: memory for the codes, as for `Backend.quantize`.
 
     Raises:
         QuantizationError: NaN or Inf; the message names the weight.
     """
     assert piece.decision.scheme is not None
     try:
-        return quantize_weight(piece.values, piece.decision.scheme)
+        return backend.quantize(piece.values, piece.decision.scheme, out)
     except QuantizationError as error:
         raise QuantizationError(f"{piece.decision.name}: {error}") from error
 
 
-def encode_piece(piece: Piece, quantized: QuantizedWeight) -> tuple[EncodedRows, ...]:
+def encode_piece(piece: Piece, quantized: PackedWeight) -> tuple[EncodedRows, ...]:
     """What a quantized piece contributes to the stored tensors of its weight."""
     linear = piece.decision.linear
     if piece.decision.fused:
         assert linear is not None
         assert linear.expert is not None
         return encode_expert(linear.source, quantized.codes, quantized.scale, linear.expert)
-    return encode_rows(piece.decision.name, quantized, row_start=piece.row_start, out_features=piece.decision.shape[0])
+    return encode_packed(
+        piece.decision.name, quantized, row_start=piece.row_start, out_features=piece.decision.shape[0]
+    )
 
 
 def finite_bf16(piece: Piece) -> torch.Tensor:

@@ -14,6 +14,7 @@ from llama4_quant.config import Llama4Config
 from llama4_quant.convert import convert
 from llama4_quant.formats.compressed_tensors import encode
 from llama4_quant.plan import make_plan
+from llama4_quant.quantizers.backend import choose_backend
 from llama4_quant.quantizers.quantize import quantize_weight
 from llama4_quant.runtime import loader
 from llama4_quant.scheme import preset
@@ -54,7 +55,7 @@ def test_chunks_give_the_bytes_of_the_whole_weight(source: Path, scheme: str) ->
     whole = encode(name, quantize_weight(weights[f"{name}.weight"], chosen.weights))
     filled = {key: torch.zeros_like(value) for key, value in whole.items()}
     for piece in pieces:
-        for rows in encode_piece(piece, quantize_piece(piece)):
+        for rows in encode_piece(piece, quantize_piece(piece, choose_backend())):
             filled[rows.name][rows.row_start : rows.row_start + len(rows.values)].copy_(rows.values)
     for key, value in whole.items():
         assert torch.equal(filled[key].view(torch.uint8), value.view(torch.uint8)), key

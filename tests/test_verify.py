@@ -55,7 +55,7 @@ def test_a_fresh_conversion_is_whole(source: Path, tmp_path: Path, scheme: objec
     assert result.is_whole
     assert result.num_weights == len(report.weights)
     expected = {w.name: w.relative_error for w in report.weights if w.relative_error is not None}
-    assert {w.name: w.relative_error for w in result.distances} == pytest.approx(expected, rel=1e-9)
+    assert {w.name: w.relative_error for w in result.distances} == pytest.approx(expected, rel=2**-19)
     assert verify(tmp_path / "out").distances == ()
 
 

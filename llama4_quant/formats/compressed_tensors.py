@@ -25,6 +25,7 @@ from llama4_quant.formats.quantization_config import (
     quantization_config,
 )
 from llama4_quant.quantizers.lanes import rows_per_scale
+from llama4_quant.quantizers.packed import PackedWeight
 from llama4_quant.quantizers.packing import pack_int4, packed_features, unpack_int4
 from llama4_quant.quantizers.quantize import QuantizedWeight, grid_of
 from llama4_quant.scheme import WeightScheme, WeightType
@@ -34,6 +35,7 @@ __all__ = [
     "ParsedQuantization",
     "decode",
     "encode",
+    "encode_packed",
     "encode_rows",
     "output_tensors",
     "parse_quantization_config",
@@ -98,19 +100,30 @@ def encode_rows(name: str, quantized: QuantizedWeight, *, row_start: int, out_fe
         row_start: a multiple of 128 for blocks, where a row of scales stands for 128 rows of weights.
         out_features: rows of the whole weight.
     """
-    block = rows_per_scale(quantized.scheme)
-    num_rows, in_features = quantized.shape
+    codes = quantized.codes
+    stored = pack_int4(codes) if quantized.scheme.type is WeightType.INT4 else codes
+    stored_scale = quantized.scale.to(grid_of(quantized.scheme).scale_dtype)
+    return _rows(name, (stored, stored_scale), quantized.scheme, (row_start, out_features, quantized.shape))
+
+
+def encode_packed(name: str, packed: PackedWeight, *, row_start: int, out_features: int) -> tuple[EncodedRows, ...]:
+    """As `encode_rows`, for a weight whose codes are packed already."""
+    return _rows(name, (packed.codes, packed.scale), packed.scheme, (row_start, out_features, packed.shape))
+
+
+def _rows(
+    name: str, stored: tuple[Tensor, Tensor], scheme: WeightScheme, place: tuple[int, int, tuple[int, int]]
+) -> tuple[EncodedRows, ...]:
+    """`stored` is codes and scale as they lie on disk; `place` first row, rows of the whole weight, and shape."""
+    row_start, out_features, (num_rows, in_features) = place
+    block = rows_per_scale(scheme)
     assert row_start % block == 0
     assert num_rows % block == 0 or row_start + num_rows == out_features
-    scale = EncodedRows(
-        name=f"{name}.weight_scale",
-        values=quantized.scale.to(grid_of(quantized.scheme).scale_dtype).contiguous(),
-        row_start=row_start // block,
-    )
-    if quantized.scheme.type is WeightType.FP8:
-        codes = quantized.codes.contiguous()
+    codes, scales = (tensor.contiguous() for tensor in stored)
+    scale = EncodedRows(name=f"{name}.weight_scale", values=scales, row_start=row_start // block)
+    if scheme.type is WeightType.FP8:
         return (EncodedRows(name=f"{name}.weight", values=codes, row_start=row_start), scale)
-    packed = EncodedRows(name=f"{name}.weight_packed", values=pack_int4(quantized.codes), row_start=row_start)
+    packed = EncodedRows(name=f"{name}.weight_packed", values=codes, row_start=row_start)
     if row_start > 0:
         return (packed, scale)
     shape = torch.tensor([out_features, in_features], dtype=torch.int64)

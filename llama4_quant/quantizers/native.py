@@ -19,6 +19,7 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
+SOURCES = ("kernels.cpp", "kernels.h")
 COMPILERS = ("c++", "g++", "clang++")
 # Contraction and fast-math would change results; the two -fno-... only let comparisons and square roots be vectorised.
 FLAGS = (
@@ -73,12 +74,15 @@ def build() -> Library:
         raise NativeUnavailableError("the machine is big-endian")
     command = _compiler()
     version = _run([command[0], "--version"]).splitlines()[0]
-    source = resources.files("llama4_quant.quantizers").joinpath("kernels.cpp").read_bytes()
-    key = hashlib.sha256("\0".join([version, *command, *FLAGS, _cpu()]).encode() + source).hexdigest()[:24]
+    package = resources.files("llama4_quant.quantizers")
+    sources = {name: package.joinpath(name).read_bytes() for name in SOURCES}
+    key = hashlib.sha256(
+        "\0".join([version, *command, *FLAGS, _cpu()]).encode() + b"\0".join(sources.values())
+    ).hexdigest()[:24]
     path = _folder() / f"kernels-{key}.so"
     try:
         if not path.exists():
-            _compile(command, source, path)
+            _compile(command, sources, path)
         return Library(path, version)
     except OSError as error:
         raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
@@ -94,11 +98,12 @@ def _compiler() -> list[str]:
     return [found, *wanted[1:]]
 
 
-def _compile(command: list[str], source: bytes, path: Path) -> None:
+def _compile(command: list[str], sources: dict[str, bytes], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        code, built = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
-        code.write_bytes(source)
-        _run([*command, *FLAGS, str(code), "-o", str(built)])
+        for name, source in sources.items():
+            Path(folder, name).write_bytes(source)
+        built = Path(folder, "kernels.so")
+        _run([*command, *FLAGS, str(Path(folder, SOURCES[0])), "-o", str(built)])
         built.replace(path)
 
 

@@ -16,6 +16,7 @@ from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
 from llama4_quant.errors import CheckpointError, UsageError
 from llama4_quant.plan import make_plan
+from llama4_quant.quantizers.backend import Backend, choose_backend
 from llama4_quant.runtime.attention import Attention
 from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.scheme import Scheme, WeightScheme, preset
@@ -58,7 +59,7 @@ def load(
             return _load_quantized(config, reader, target, progress)
         plan = make_plan(config, None if scheme is None else preset(scheme), reader.tensors)
         model = target.model(config, {decision.name: decision.scheme for decision in plan.decisions})
-        filler = _Filler(model, progress)
+        filler = _Filler(model, progress, None if scheme is None else choose_backend())
         for tensor in plan.tensors:
             for piece in read_pieces(reader, tensor):
                 filler.put_piece(piece)
@@ -120,10 +121,11 @@ def _load_quantized(
 class _Filler:
     """Copies what was read into a model's buffers, and refuses what cannot be right."""
 
-    def __init__(self, model: Llama4Model, progress: Progress | None) -> None:
+    def __init__(self, model: Llama4Model, progress: Progress | None, backend: Backend | None = None) -> None:
         self._model = model
         self._plain = model.plain_targets()
         self._progress = progress
+        self._backend = backend
 
     def put_piece(self, piece: Piece) -> None:
         """Rows of a BF16 weight, quantized here if the plan says so."""
@@ -132,7 +134,8 @@ class _Filler:
         if decision.scheme is None:
             self._target(decision.name, decision.linear, "weight")[rows].copy_(piece.values)
         else:
-            for part in encode_piece(piece, quantize_piece(piece)):
+            assert self._backend is not None
+            for part in encode_piece(piece, quantize_piece(piece, self._backend)):
                 suffix = part.name.rpartition(".")[2]
                 if suffix != "weight_shape":
                     target = self._target(decision.name, decision.linear, suffix)

@@ -10,6 +10,8 @@ from checkpoints import make_checkpoint
 from llama4_quant.cli.main import cli, main
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
 
+PROMPT = "Return a new string object with"
+"""The sample continues it for more than a few tokens."""
 MAVERICK = Path(__file__).parent.parent / "data" / "maverick.json"
 
 
@@ -151,12 +153,10 @@ def test_inspect_json(run: object) -> None:
 
 
 def test_generate_streams_text_and_counts(run: object) -> None:
-    ran = run("generate", SAMPLE_DIR, "--prompt", "What is `len`?", "--max-new-tokens", 5, "--raw")
+    ran = run("generate", SAMPLE_DIR, "--prompt", PROMPT, "--max-new-tokens", 5, "--raw")
     assert ran.code == 0
     assert "5 new tokens" in ran.err
-    as_json = json.loads(
-        run("generate", SAMPLE_DIR, "--prompt", "What is `len`?", "--max-new-tokens", 5, "--raw", "--json").out
-    )
+    as_json = json.loads(run("generate", SAMPLE_DIR, "--prompt", PROMPT, "--max-new-tokens", 5, "--raw", "--json").out)
     assert as_json["text"] == ran.out.removesuffix("\n")
     assert as_json["num_new_tokens"] == 5
 

@@ -75,7 +75,8 @@ def test_a_compiler_that_fails_leaves_the_plain_path(tmp_path: Path) -> None:
 def test_a_compiler_that_makes_other_arithmetic_is_found_out(tmp_path: Path, library: Library) -> None:
     """Scales divided by 7 instead of 7.5: the library loads and runs, but its bytes are not ours."""
     real = os.environ.get("CXX", "c++")
-    body = f'for f; do case "$f" in */kernels.cpp) sed -i "s/7[.]5f/7.0f/" "$f";; esac; done\nexec {real} "$@" -O0'
+    edit = 'case "$f" in */kernels.cpp) sed -i "s/7[.]5f/7.0f/" "${f%.cpp}.h";; esac'
+    body = f'for f; do {edit}; done\nexec {real} "$@" -O0'
     found = chosen(CXX=str(script(tmp_path / "wrong", body)), XDG_CACHE_HOME=str(tmp_path))
     assert found == "plain | compiled kernels give other bytes than the plain path for int4 g32 (wrong 1.0)"
 

@@ -145,6 +145,7 @@ PORTS = [free_port()]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     what, source, out, *rest = sys.argv[1:]
     if what == "storm":
         num_kills, seed, world_size = map(int, rest[:3])
