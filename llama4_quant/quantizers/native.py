@@ -74,8 +74,7 @@ def build() -> Library:
         raise NativeUnavailableError("the machine is big-endian")
     command = _compiler()
     version = _run([command[0], "--version"]).splitlines()[0]
-    package = resources.files("llama4_quant.quantizers")
-    sources = {name: package.joinpath(name).read_bytes() for name in SOURCES}
+    sources = _sources()
     key = hashlib.sha256(
         "\0".join([version, *command, *FLAGS, _cpu()]).encode() + b"\0".join(sources.values())
     ).hexdigest()[:24]
@@ -86,6 +85,14 @@ def build() -> Library:
         return Library(path, version)
     except OSError as error:
         raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
+
+
+def _sources() -> dict[str, bytes]:
+    package = resources.files("llama4_quant.quantizers")
+    try:
+        return {name: package.joinpath(name).read_bytes() for name in SOURCES}
+    except OSError as error:
+        raise NativeUnavailableError(f"the installation lacks the source of the kernels: {error}") from error
 
 
 def _compiler() -> list[str]:

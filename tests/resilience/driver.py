@@ -87,8 +87,8 @@ def end(pids: list[int]) -> list[int]:
 
 def attempt(source: Path, out: Path, world_size: int, kill_after: float | None, victim: int) -> bool | None:
     """One launch. True: it finished; None: it was killed before that; otherwise this raises."""
-    pids = [child(source, out, rank, world_size, PORTS[0]) for rank in range(world_size)]
-    PORTS[0] += 1
+    port = free_port()
+    pids = [child(source, out, rank, world_size, port) for rank in range(world_size)]
     if kill_after is None:
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         assert statuses == [0] * world_size, statuses
@@ -97,7 +97,8 @@ def attempt(source: Path, out: Path, world_size: int, kill_after: float | None, 
     os.kill(pids[victim], signal.SIGKILL)
     killed = os.waitstatus_to_exitcode(os.waitpid(pids[victim], 0)[1])
     statuses = end([pid for pid in pids if pid != pids[victim]])
-    assert killed in {0, -signal.SIGKILL}, killed
+    # 3: torch's rendezvous failed before the kill, as when another program took the port in the meantime.
+    assert killed in {0, -signal.SIGKILL} | ({3} if world_size > 1 else set()), killed
     assert set(statuses) <= {0, 3, 143, -signal.SIGKILL}, statuses
     return True if (out / "config.json").exists() else None
 
@@ -140,8 +141,6 @@ def check(out: Path, expected: dict[str, bytes], counts: dict[str, int]) -> None
     # What is killed after config.json is in place has left a staging folder at most.
     shutil.rmtree(out)
 
-
-PORTS = [free_port()]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
