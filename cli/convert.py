@@ -12,14 +12,12 @@ from llama4_quant.checkpoint.layout import parse_size
 from llama4_quant.checkpoint.resume import Resume
 from llama4_quant.cli.options import SCHEMES, json_option, scheme_for, scheme_options
 from llama4_quant.cli.progress import byte_progress
-from llama4_quant.cli.tables import console, count, parameters, size, table
+from llama4_quant.cli.tables import console, count, largest_errors, parameters, size, table
 from llama4_quant.convert import convert, dry_run
 from llama4_quant.errors import UsageError
 from llama4_quant.formats.choice import CheckpointFormat
 from llama4_quant.ranks import Rank
 from llama4_quant.report import REPORT_NAME, Report, WeightRecord
-
-NUM_WORST = 5
 
 
 @click.command("convert", short_help="Convert a BF16 checkpoint to FP8 or int4.")
@@ -173,8 +171,4 @@ def _show_result(report: Report) -> None:
 
 
 def _show_worst(measured: Sequence[WeightRecord]) -> None:
-    worst = table("Largest errors", "weight", "stored as", "relative error", "SQNR dB", left=2)
-    for weight in sorted(measured, key=lambda w: -(w.relative_error or 0.0))[:NUM_WORST]:
-        sqnr = "exact" if weight.sqnr_db is None else f"{weight.sqnr_db:.2f}"
-        worst.add_row(weight.name, weight.scheme, f"{weight.relative_error:.4f}", sqnr)
-    console().print(worst)
+    console().print(largest_errors((w.name, w.scheme, w.relative_error or 0.0, w.sqnr_db) for w in measured))

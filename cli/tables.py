@@ -1,11 +1,13 @@
 """How numbers and tables look on the terminal."""
 
 import sys
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 
 WIDTH_WITHOUT_TERMINAL = 150
+NUM_WORST = 5
 
 
 def console() -> Console:
@@ -44,3 +46,11 @@ def parameters(number: int) -> str:
 def count(number: int) -> str:
     """12,345,678."""
     return f"{number:,}"
+
+
+def largest_errors(weights: Iterable[tuple[str, str, float, float | None]]) -> Table:
+    """The worst of quantized weights, given as (name, stored as, relative error, SQNR in dB or None if exact)."""
+    worst = table("Largest errors", "weight", "stored as", "relative error", "SQNR dB", left=2)
+    for name, stored_as, relative_error, sqnr_db in sorted(weights, key=lambda weight: -weight[2])[:NUM_WORST]:
+        worst.add_row(name, stored_as, f"{relative_error:.4f}", "exact" if sqnr_db is None else f"{sqnr_db:.2f}")
+    return worst

@@ -9,11 +9,10 @@ import click
 from llama4_quant.checkpoint.manifest import read_manifest
 from llama4_quant.cli.options import json_option
 from llama4_quant.cli.progress import byte_progress
-from llama4_quant.cli.tables import console, size, table
+from llama4_quant.cli.tables import console, largest_errors, size
 from llama4_quant.runtime.loader import load_size
 from llama4_quant.verify import Verification, verify
 
-NUM_WORST = 5
 EXIT_DAMAGED = 1
 
 
@@ -41,11 +40,7 @@ def verify_command(output: str, source: str | None, as_json: bool) -> None:
 def _show(result: Verification) -> None:
     out = console()
     if result.distances:
-        worst = table("Largest errors", "weight", "stored as", "relative error", "SQNR dB", left=2)
-        for weight in sorted(result.distances, key=lambda w: -w.relative_error)[:NUM_WORST]:
-            sqnr = "exact" if weight.sqnr_db is None else f"{weight.sqnr_db:.2f}"
-            worst.add_row(weight.name, weight.stored_as, f"{weight.relative_error:.4f}", sqnr)
-        out.print(worst)
+        out.print(largest_errors((w.name, w.stored_as, w.relative_error, w.sqnr_db) for w in result.distances))
     for problem in result.problems:
         out.print(f"{problem.where}: {problem.what}")
     state = "whole" if result.is_whole else f"{len(result.problems)} problem{'s' if len(result.problems) > 1 else ''}"

@@ -10,7 +10,7 @@ Four questions, each only as deep as the ones before allow:
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,11 @@ from llama4_quant.quantizers.lanes import rows_per_scale
 from llama4_quant.quantizers.quantize import QuantizedWeight
 from llama4_quant.report import REPORT_NAME
 from llama4_quant.stored import StoredWeight, quantized_weights
-from llama4_quant.stream import Piece, read_pieces
+from llama4_quant.stream import Piece, Progress, read_pieces
 
 READ_BYTES = 16 * 2**20
 RELATIVE_TOLERANCE = 2**-19
 """Error sums of the compiled quantizers are float32 products: within 2^-19 of the float64 ones here (backend.py)."""
-
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
