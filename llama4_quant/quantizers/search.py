@@ -24,7 +24,13 @@ SMALLEST_SCALE = 2.0**-126
 _EXPONENT_BITS = 0x7F800000
 
 
-def choose_scales(weight_SL: Tensor, absmax_L: Tensor, grid: CodeGrid, factors: tuple[float, ...]) -> Tensor:
+def choose_scales(
+    weight_SL: Tensor,
+    absmax_L: Tensor,
+    grid: CodeGrid,
+    factors: tuple[float, ...],
+    importance_SL: Tensor | None = None,
+) -> Tensor:
     """Choose the scale of each lane.
 
     Args:
@@ -32,6 +38,8 @@ def choose_scales(weight_SL: Tensor, absmax_L: Tensor, grid: CodeGrid, factors: 
         absmax_L: the largest magnitude of each lane.
         grid: the codes.
         factors: multiples of the absmax scale to try beside 1; none for absmax.
+        importance_SL: what the squared error of each weight counts, where not all count the same; only plain torch
+            operations do this, kernels.cpp does not.
 
     Returns:
         float32 [L]; every value is a bf16 number of at least 2^-126.
@@ -40,7 +48,7 @@ def choose_scales(weight_SL: Tensor, absmax_L: Tensor, grid: CodeGrid, factors: 
     if not factors:
         return round_to_bf16(base_L)
     power_L = (base_L.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
-    best_L = _search(weight_SL / power_L, base_L / power_L, SMALLEST_SCALE / power_L, grid, factors)
+    best_L = _search(weight_SL / power_L, base_L / power_L, SMALLEST_SCALE / power_L, grid, factors, importance_SL)
     return best_L * power_L
 
 
@@ -50,25 +58,33 @@ def round_to_bf16(values: Tensor) -> Tensor:
 
 
 def _search(
-    weight_SL: Tensor, base_L: Tensor, smallest_L: Tensor, grid: CodeGrid, factors: tuple[float, ...]
+    weight_SL: Tensor,
+    base_L: Tensor,
+    smallest_L: Tensor,
+    grid: CodeGrid,
+    factors: tuple[float, ...],
+    importance_SL: Tensor | None,
 ) -> Tensor:
     scratch_SL = torch.empty_like(weight_SL)
     best_L = round_to_bf16(base_L)
-    least_L = _squared_error(weight_SL, best_L, grid, scratch_SL)
+    least_L = _squared_error(weight_SL, best_L, grid, scratch_SL, importance_SL)
     for factor in factors:
         scale_L = torch.maximum(round_to_bf16(base_L * factor), smallest_L)
-        error_L = _squared_error(weight_SL, scale_L, grid, scratch_SL)
+        error_L = _squared_error(weight_SL, scale_L, grid, scratch_SL, importance_SL)
         better_L = error_L < least_L
         best_L = torch.where(better_L, scale_L, best_L)
         least_L = torch.where(better_L, error_L, least_L)
     return best_L
 
 
-def _squared_error(weight_SL: Tensor, scale_L: Tensor, grid: CodeGrid, scratch_SL: Tensor) -> Tensor:
-    """Sum over S of the squared rounding error; overwrites `scratch_SL`."""
+def _squared_error(
+    weight_SL: Tensor, scale_L: Tensor, grid: CodeGrid, scratch_SL: Tensor, importance_SL: Tensor | None
+) -> Tensor:
+    """Sum over S of the squared rounding error, by importance if given; overwrites `scratch_SL`."""
     codes_SL = grid.nearest_(torch.div(weight_SL, scale_L, out=scratch_SL))
     error_SL = torch.addcmul(weight_SL, codes_SL, scale_L, value=-1, out=scratch_SL)
-    return _tree_sum_(error_SL.mul_(error_SL))
+    squares_SL = error_SL.mul_(error_SL)
+    return _tree_sum_(squares_SL if importance_SL is None else squares_SL.mul_(importance_SL))
 
 
 def _tree_sum_(values_SL: Tensor) -> Tensor:

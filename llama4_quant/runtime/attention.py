@@ -192,10 +192,13 @@ class TextAttention(nn.Module):
 
     def forward(self, x_BTH: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden]; with a cache, stores the new keys and values in it."""
-        q_BTHD, k_BTGD, v_BTGD = (
-            projection(x_BTH).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        context = self.context(self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH), step, cache)
+        y_BTH: Tensor = self.o_proj(context)
+        return y_BTH
+
+    def context(self, q: Tensor, k: Tensor, v: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+        """Everything between the projections: queries [B, T, H*D], keys and values [B, T, G*D] -> [B, T, H*D]."""
+        q_BTHD, k_BTGD, v_BTGD = (projected.unflatten(-1, (-1, self.head_dim)) for projected in (q, k, v))
         q_BTHD, k_BTGD = self._place(q_BTHD, k_BTGD, step)
         q, k, v = q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
         key_column = step.past
@@ -203,9 +206,7 @@ class TextAttention(nn.Module):
             k, v = cache.append(k, v, step.past)
             key_column = cache.first
         segments = step.chunked if self.uses_rope else step.full
-        y = attend(q, k, v, segments, key_column, self.kind).transpose(1, 2).flatten(2)
-        y_BTH: Tensor = self.o_proj(y)
-        return y_BTH
+        return attend(q, k, v, segments, key_column, self.kind).transpose(1, 2).flatten(2)
 
     def _place(self, q_BTHD: Tensor, k_BTGD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Give queries and keys what depends on position: rotation then norm, or temperature."""

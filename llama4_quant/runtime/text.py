@@ -97,28 +97,33 @@ class TextModel(nn.Module):
             Normalized hidden states [B, T, H].
         """
         past = 0 if cache is None else cache.length
-        step = self._step(x_BTH.shape[1], past, padding, x_BTH.device)
+        step = make_step(
+            self.config, self.rotary, new=x_BTH.shape[1], past=past, padding=padding, device=x_BTH.device
+        )
         for index, layer in enumerate(self.layers):
             x_BTH = layer(x_BTH, step, None if cache is None else cache.layers[index])
         y_BTH: Tensor = self.norm(x_BTH)
         return y_BTH
 
-    def _step(self, new: int, past: int, padding: Sequence[int], device: torch.device) -> Step:
-        config = self.config
-        columns = torch.arange(past, past + new, device=device)
-        positions_BT = columns - torch.tensor(padding, device=device).unsqueeze(1)
-        # Padding has no position; 0 is as good as any and keeps the logarithm below defined.
-        positions_BT = positions_BT.clamp(min=0)
-        temperature = None
-        if config.attn_temperature_tuning:
-            temperature = query_temperature(positions_BT, config.floor_scale, config.attn_scale)
-        full = plan_segments(padding, past, new, None, device)
-        longest = past + new - min(padding)
-        is_chunked = config.attention_chunk_size is not None and longest > config.attention_chunk_size
-        return Step(
-            past=past,
-            rotation=self.rotary(positions_BT),
-            temperature=temperature,
-            chunked=plan_segments(padding, past, new, config.attention_chunk_size, device) if is_chunked else full,
-            full=full,
-        )
+
+def make_step(
+    config: TextConfig, rotary: TextRotary, *, new: int, past: int, padding: Sequence[int], device: torch.device
+) -> Step:
+    """What the layers of one forward pass share, for `new` columns after `past` ones."""
+    columns = torch.arange(past, past + new, device=device)
+    positions_BT = columns - torch.tensor(padding, device=device).unsqueeze(1)
+    # Padding has no position; 0 is as good as any and keeps the logarithm below defined.
+    positions_BT = positions_BT.clamp(min=0)
+    temperature = None
+    if config.attn_temperature_tuning:
+        temperature = query_temperature(positions_BT, config.floor_scale, config.attn_scale)
+    full = plan_segments(padding, past, new, None, device)
+    longest = past + new - min(padding)
+    is_chunked = config.attention_chunk_size is not None and longest > config.attention_chunk_size
+    return Step(
+        past=past,
+        rotation=rotary(positions_BT),
+        temperature=temperature,
+        chunked=plan_segments(padding, past, new, config.attention_chunk_size, device) if is_chunked else full,
+        full=full,
+    )

@@ -1,0 +1,134 @@
+"""One calibrated weight: correct it, choose its scales, choose its codes, say what that costs.
+
+Shape letters: G scale groups, K in, N out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama4_quant.calibration.gptq import Factored, coordinate_descent, factor, gptq, output_error, refit_scales
+from llama4_quant.calibration.hessian import Moments, corrected
+from llama4_quant.calibration.scales import search_scales, solver_scales, stored_scales
+from llama4_quant.calibration.settings import SolverSettings
+from llama4_quant.quantizers.error import measure
+from llama4_quant.quantizers.packed import PackedWeight
+from llama4_quant.quantizers.packing import pack_int4
+from llama4_quant.quantizers.quantize import QuantizedWeight, dequantize_weight, grid_of
+from llama4_quant.quantizers.search import SMALLEST_SCALE, round_to_bf16
+from llama4_quant.scheme import Strategy, WeightScheme, WeightType
+
+_ROW_ELEMENTS = 1 << 24
+"""Weights that are worked on at a time: 64 MiB in float32, and some five times that with what goes with them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SolvedWeight:
+    """A weight and what its codes cost on the calibration rows.
+
+    Attributes:
+        packed: as it is stored; its error is against the source's weight.
+        output_error: squared error of the outputs on the rows seen, as a part of the squared outputs: of the stored
+            weight against the one it was to be (the corrected one, if there was a correction).
+        rounding_error: the same for rounding to the nearest code without calibration.
+    """
+
+    packed: PackedWeight
+    output_error: float
+    rounding_error: float
+
+    @property
+    def values(self) -> Tensor:
+        """What the stored bytes stand for: float32 [N, K]."""
+        return dequantize_weight(self.packed.unpack(), torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solver:
+    """Everything that all weights with one input share.
+
+    Attributes:
+        moments: sums over the rows of that input.
+        factored: their Gram matrix.
+        settings: which methods.
+    """
+
+    moments: Moments
+    factored: Factored
+    settings: SolverSettings
+
+    @classmethod
+    def of(cls, moments: Moments, settings: SolverSettings) -> "Solver":
+        """Factor the Gram matrix once for all weights."""
+        return cls(moments=moments, factored=factor(moments.gram, settings.damp_percent), settings=settings)
+
+    def solve(self, weight_NK: Tensor, scheme: WeightScheme) -> SolvedWeight:
+        """Quantize one weight.
+
+        Args:
+            weight_NK: [out, in], any float dtype.
+            scheme: how it is stored.
+
+        Raises:
+            QuantizationError: the weight holds NaN or Inf.
+        """
+        exact_NK = weight_NK.to(torch.float32)
+        target_NK = exact_NK
+        if self.settings.correct:
+            target_NK = corrected(exact_NK, self.moments, self.settings.ridge_percent)
+        scale = search_scales(target_NK, scheme, self.moments.gram.diagonal())
+        parts = [self._solve_rows(target_NK[rows], _rows_of(scale, rows, scheme), scheme) for rows in self._chunks(*exact_NK.shape)]
+        quantized = QuantizedWeight(
+            codes=torch.cat([codes for codes, _ in parts]),
+            scale=torch.cat([part for _, part in parts]).to(grid_of(scheme).scale_dtype),
+            scheme=scheme,
+        )
+        return self._measured(exact_NK, target_NK, quantized)
+
+    def _chunks(self, num_outputs: int, num_inputs: int) -> Sequence[slice]:
+        """Slices of rows that no 128-row block crosses."""
+        step = max(1, _ROW_ELEMENTS // (num_inputs * 128)) * 128
+        return [slice(start, min(start + step, num_outputs)) for start in range(0, num_outputs, step)]
+
+    def _solve_rows(self, target_NK: Tensor, scale: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+        """Codes as stored (one to an element), and scales."""
+        grid = grid_of(scheme)
+        num_outputs, num_inputs = target_NK.shape
+        scales = solver_scales(scale, (num_outputs, num_inputs), scheme)
+        target_KN = target_NK.T.contiguous()
+        codes_KN = gptq(target_KN, self.factored, scales, grid)
+        for sweep in range(self.settings.num_sweeps):
+            if sweep and self.settings.refit_scales and scheme.strategy is not Strategy.BLOCK:
+                found = round_to_bf16(refit_scales(target_KN, codes_KN, self.factored, scales))
+                scales = type(scales)(values=found.clamp_(min=SMALLEST_SCALE), group_size=scales.group_size)
+            codes_KN = coordinate_descent(target_KN, codes_KN, self.factored, scales, grid)
+        codes = codes_KN.T.contiguous()
+        return grid.encode(codes), stored_scales(scales, scheme)
+
+    def _measured(self, exact_NK: Tensor, target_NK: Tensor, quantized: QuantizedWeight) -> SolvedWeight:
+        gram_KK = self.moments.gram
+        target_KN = target_NK.T
+        total = max(output_error(target_KN, gram_KK), torch.finfo(torch.float32).tiny)
+        stored_KN = dequantize_weight(quantized, torch.float32).T
+        is_int4 = quantized.scheme.type is WeightType.INT4
+        packed = PackedWeight(
+            codes=pack_int4(quantized.codes) if is_int4 else quantized.codes,
+            scale=quantized.scale,
+            shape=quantized.shape,
+            scheme=quantized.scheme,
+            error=measure(exact_NK, quantized),
+        )
+        rounded = None
+        return SolvedWeight(
+            packed=packed,
+            output_error=max(0.0, output_error(target_KN - stored_KN, gram_KK)) / total,
+            rounding_error=0.0 if rounded is None else 0.0,
+        )
+
+
+def _rows_of(scale: Tensor, rows: slice, scheme: WeightScheme) -> Tensor:
+    if scheme.strategy is not Strategy.BLOCK:
+        return scale[rows]
+    return scale[rows.start // 128 : -(-rows.stop // 128)]
