@@ -38,7 +38,6 @@ class Moments:
         self.input_drift = zeros(num_inputs, num_inputs, device=device) if drift else None
         self.output_drift = zeros(num_outputs, num_inputs, device=device) if drift and num_outputs else None
         self.num_rows = 0
-        self.sum_weights = 0.0
 
     def add(
         self,
@@ -47,7 +46,7 @@ class Moments:
         wanted_RN: Tensor | None = None,
         weight_R: Tensor | None = None,
         *,
-        prior: bool = False,
+        num_prior: int = 0,
     ) -> Self:
         """Add rows.
 
@@ -56,7 +55,7 @@ class Moments:
             original_RK: float32, of the original model for the same tokens; needed for drifts.
             wanted_RN: what should be added to the layer's output, for the output drift.
             weight_R: what each row counts; None: 1.
-            prior: these rows stand for what is not known; they are not counted in `num_rows`.
+            num_prior: how many of these rows stand for what is not known, and are not counted in `num_rows`.
         """
         weighted_RK = inputs_RK if weight_R is None else inputs_RK * weight_R.unsqueeze(-1)
         self.gram.addmm_(weighted_RK.T, inputs_RK)
@@ -65,8 +64,7 @@ class Moments:
             self.input_drift.addmm_((original_RK - inputs_RK).T, weighted_RK)
         if self.output_drift is not None and wanted_RN is not None:
             self.output_drift.addmm_(wanted_RN.T, weighted_RK)
-        self.num_rows += 0 if prior else len(inputs_RK)
-        self.sum_weights += float(len(inputs_RK) if weight_R is None else weight_R.sum())
+        self.num_rows += len(inputs_RK) - num_prior
         return self
 
 

@@ -32,17 +32,10 @@ class SolvedWeight:
         packed: as it is stored; its error is against the source's weight.
         output_error: squared error of the outputs on the rows seen, as a part of the squared outputs: of the stored
             weight against the one it was to be (the corrected one, if there was a correction).
-        rounding_error: the same for rounding to the nearest code without calibration.
     """
 
     packed: PackedWeight
     output_error: float
-    rounding_error: float
-
-    @property
-    def values(self) -> Tensor:
-        """What the stored bytes stand for: float32 [N, K]."""
-        return dequantize_weight(self.packed.unpack(), torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,11 +100,13 @@ class Solver:
         codes = codes_KN.T.contiguous()
         return grid.encode(codes), stored_scales(scales, scheme)
 
-    def _measured(self, exact_NK: Tensor, target_NK: Tensor, quantized: QuantizedWeight) -> SolvedWeight:
+    def cost(self, weight_NK: Tensor, stored_NK: Tensor) -> float:
+        """Squared error of the outputs on the rows seen, as a part of the squared outputs of `weight_NK`."""
         gram_KK = self.moments.gram
-        target_KN = target_NK.T
-        total = max(output_error(target_KN, gram_KK), torch.finfo(torch.float32).tiny)
-        stored_KN = dequantize_weight(quantized, torch.float32).T
+        total = max(output_error(weight_NK.T, gram_KK), torch.finfo(torch.float32).tiny)
+        return max(0.0, output_error(weight_NK.T - stored_NK.T, gram_KK)) / total
+
+    def _measured(self, exact_NK: Tensor, target_NK: Tensor, quantized: QuantizedWeight) -> SolvedWeight:
         is_int4 = quantized.scheme.type is WeightType.INT4
         packed = PackedWeight(
             codes=pack_int4(quantized.codes) if is_int4 else quantized.codes,
@@ -120,12 +115,8 @@ class Solver:
             scheme=quantized.scheme,
             error=measure(exact_NK, quantized),
         )
-        rounded = None
-        return SolvedWeight(
-            packed=packed,
-            output_error=max(0.0, output_error(target_KN - stored_KN, gram_KK)) / total,
-            rounding_error=0.0 if rounded is None else 0.0,
-        )
+        cost = self.cost(target_NK, dequantize_weight(quantized, torch.float32))
+        return SolvedWeight(packed=packed, output_error=cost)
 
 
 def _rows_of(scale: Tensor, rows: slice, scheme: WeightScheme) -> Tensor:

@@ -1,6 +1,5 @@
 """Carrying out work items: read, quantize, measure, write, note. What is noted is enough to report later."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,32 +10,13 @@ import torch
 from llama4_quant.checkpoint.journal import WrittenRange
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.writer import CheckpointWriter
+from llama4_quant.notes import WeightNote
 from llama4_quant.plan import Plan
 from llama4_quant.quantizers.backend import Backend
-from llama4_quant.quantizers.error import WeightError
 from llama4_quant.report import WeightRecord, weight_record
 from llama4_quant.stream import Piece, Progress, encode_piece, finite_bf16, quantize_piece, read_item
 from llama4_quant.work import MemoryUse, WorkItem
 from llama4_quant.workers import Workers
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Done:
-    """What came of one piece: its weight, and for quantized ones the error and the time that quantizing took."""
-
-    weight: str
-    error: WeightError
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "_Done":
-        return cls(weight=content["weight"], error=WeightError(**content["error"]), seconds=content["seconds"])
-
-    def merge(self, other: "_Done") -> "_Done":
-        return _Done(weight=self.weight, error=self.error.merge(other.error), seconds=self.seconds + other.seconds)
 
 
 class Conversion:
@@ -80,10 +60,10 @@ class Conversion:
     def weight_records(self, items: Sequence[WorkItem]) -> tuple[WeightRecord, ...]:
         """A record for every weight, from the journals; all items must be finished."""
         records = self._writer.records()
-        merged: dict[str, _Done] = {}
+        merged: dict[str, WeightNote] = {}
         for item in items:  # in order, so that sums of floats do not depend on who was first
             for content in records[item.id].notes:
-                done = _Done.from_json(content)
+                done = WeightNote.from_json(content)
                 earlier = merged.get(done.weight)
                 merged[done.weight] = done if earlier is None else earlier.merge(done)
         return tuple(
@@ -104,10 +84,10 @@ class Conversion:
                 notes.append(self._quantize(piece, ranges).to_json())
         self._writer.record(item.id, ranges, notes)
 
-    def _quantize(self, piece: Piece, ranges: list[WrittenRange]) -> _Done:
+    def _quantize(self, piece: Piece, ranges: list[WrittenRange]) -> WeightNote:
         started = time.perf_counter()
         quantized = quantize_piece(piece, self._backend)
         seconds = time.perf_counter() - started
         written = encode_piece(piece, quantized)
         ranges += [self._writer.write(rows.name, rows.values, rows.row_start) for rows in written]
-        return _Done(weight=piece.decision.name, error=quantized.error, seconds=seconds)
+        return WeightNote(weight=piece.decision.name, error=quantized.error, seconds=seconds)

@@ -3,7 +3,7 @@
 import os
 import threading
 
-from llama4_quant.checkpoint.buffers import write_from
+from llama4_quant.checkpoint.buffers import read_into, write_from
 from llama4_quant.checkpoint.files import os_errors
 from llama4_quant.checkpoint.layout import Layout
 from llama4_quant.checkpoint.staging import Staging
@@ -50,6 +50,12 @@ class ShardFiles:
             write_from(self._descriptors[number], view, start)
         with self._lock:
             self._dirty.add(number)
+
+    def read(self, number: int, view: memoryview, start: int) -> None:
+        """Fill `view` with bytes of a shard that were written before."""
+        path = self._staging.out / self._layout.shards[number].filename
+        with os_errors(f"{path}: cannot be read back"):
+            read_into(self._descriptors[number], view, start)
 
     def sync(self) -> None:
         """Bring to the disk all bytes whose `write` has returned."""

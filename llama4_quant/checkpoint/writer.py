@@ -32,7 +32,7 @@ from llama4_quant.checkpoint.json_files import dump_json
 from llama4_quant.checkpoint.layout import Layout, Placement, index_json
 from llama4_quant.checkpoint.locks import Turn
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME, has_self_checksum, make_manifest, sha256
-from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, is_plain_name
+from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, SCRATCH_NAME, is_plain_name
 from llama4_quant.checkpoint.resume import FINGERPRINT_NAME, Job, can_continue, canonical_json, digest
 from llama4_quant.checkpoint.shards import ShardFiles
 from llama4_quant.checkpoint.staging import Staging
@@ -125,6 +125,23 @@ class CheckpointWriter:
         part = WrittenRange(name=name, start=offset, stop=offset + len(view), sha256=sha256(view))
         self._coverage.add(part)
         return part
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read an output tensor back, all of whose rows were written, by this process or an interrupted one."""
+        assert self._shards is not None, "used outside its `with` block"
+        placement = self._layout.placements[name]
+        tensor = torch.empty(placement.tensor.shape, dtype=placement.tensor.dtype)
+        self._shards.read(placement.shard, byte_view(tensor), placement.start)
+        return tensor
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for files that are needed until the output is complete; it goes when the output is complete."""
+        assert self._staging is not None
+        folder = self._staging.folder / SCRATCH_NAME
+        with os_errors(f"{folder}: cannot be created"):
+            folder.mkdir(exist_ok=True)
+        return folder
 
     def records(self) -> dict[int, Record]:
         """Finished items by number: of interrupted runs, of this process and of those that work together with it."""

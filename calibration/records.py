@@ -1,0 +1,67 @@
+"""What a calibrated conversion reports, as plain data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationRecord:
+    """How one weight was calibrated.
+
+    Attributes:
+        method: "gptq", "best", or "rtn" where there was too little data.
+        num_rows: rows of activations that the weight was fitted to; of an expert, the rows routed to it.
+        num_prior_rows: rows of the layer's other tokens that were added with little weight.
+        damp_percent: what was added to the Hessian's diagonal, as a part of its mean; None without a Hessian.
+        rounding_error: squared error of the outputs on these rows after rounding to nearest, as a part of the squared
+            outputs; None without rows.
+        output_error: the same as stored.
+        note: anything unusual.
+    """
+
+    method: str
+    num_rows: int
+    num_prior_rows: int = 0
+    damp_percent: float | None = None
+    rounding_error: float | None = None
+    output_error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRecord:
+    """One decoder layer of the running quantized model.
+
+    Attributes:
+        layer: its number.
+        rows_per_expert: rows routed to each expert; empty for a dense layer.
+        relative_error: |quantized - original| / |original| of the hidden states after the layer, over all tokens;
+            None if the original model did not run beside.
+        sqnr_db: the same as a signal to noise ratio in dB.
+        rerouted: the part of tokens whose experts differ from the original model's; None as above, or without experts.
+    """
+
+    layer: int
+    rows_per_expert: tuple[int, ...] = ()
+    relative_error: float | None = None
+    sqnr_db: float | None = None
+    rerouted: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationReport:
+    """A whole calibration.
+
+    Attributes:
+        algorithm: "gptq" or "best".
+        data: what the tokens were taken from.
+        num_samples, num_tokens: how much of it.
+        layers: a record per decoder layer.
+        notes: experts with too little data and what was done about them, and anything else that a user should know.
+    """
+
+    algorithm: str
+    data: str
+    num_samples: int
+    num_tokens: int
+    layers: tuple[LayerRecord, ...]
+    notes: tuple[str, ...]

@@ -1,0 +1,120 @@
+"""Activations of all calibration tokens, in files: what is held in memory at a time does not grow with their number.
+
+Files are read and written in place (pread, pwrite); the kernel's page cache keeps them in memory as far as there is
+room, and gives it back when somebody needs it.
+
+Shape letters: R rows, W width.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from llama4_quant.checkpoint.buffers import byte_view, read_into, write_from
+from llama4_quant.checkpoint.files import os_errors
+
+_FLOAT_BYTES = 4
+_CHUNK_ELEMENTS = 1 << 22
+"""Elements of one chunk of rows: 16 MiB."""
+
+
+class RowFile:
+    """float32 [num_rows, width] in a file; a context manager.
+
+    Attributes:
+        path: the file.
+        num_rows: rows.
+        width: elements of a row.
+    """
+
+    def __init__(self, path: Path, num_rows: int, width: int, device: torch.device | str = "cpu") -> None:
+        """Open the file, or create it; what is in it stays.
+
+        Args:
+            path: the file.
+            num_rows: rows.
+            width: elements of a row.
+            device: where rows go that are read.
+
+        Raises:
+            OutputError: it cannot be opened, or the disk is full.
+        """
+        self.path, self.num_rows, self.width = path, num_rows, width
+        self._device = torch.device(device)
+        self._row_bytes = width * _FLOAT_BYTES
+        with os_errors(f"{path}: cannot be opened", path.parent, num_rows * self._row_bytes):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; it stays."""
+        os.close(self._descriptor)
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        with os_errors(f"{self.path}: cannot be written", self.path.parent, 1):
+            os.fsync(self._descriptor)
+
+    def chunks(self) -> Iterator[slice]:
+        """All rows, a chunk at a time."""
+        return row_chunks(self.num_rows, self.width)
+
+    def read(self, rows: slice) -> Tensor:
+        """Rows [R, W] of a slice."""
+        values = torch.empty(rows.stop - rows.start, self.width)
+        self._read(values, rows.start)
+        return values.to(self._device)
+
+    def write(self, rows: slice, values_RW: Tensor) -> None:
+        """Replace the rows of a slice."""
+        self._write(values_RW.to(dtype=torch.float32, device="cpu").contiguous(), rows.start)
+
+    def gather(self, rows_R: Tensor) -> Tensor:
+        """Rows [R, W] by number; ascending numbers that follow each other are read at once."""
+        values = torch.empty(len(rows_R), self.width)
+        for place, start, count in _runs(rows_R):
+            self._read(values[place : place + count], start)
+        return values.to(self._device)
+
+    def scatter(self, rows_R: Tensor, values_RW: Tensor) -> None:
+        """Replace rows by number."""
+        values = values_RW.to(dtype=torch.float32, device="cpu").contiguous()
+        for place, start, count in _runs(rows_R):
+            self._write(values[place : place + count], start)
+
+    def _read(self, values: Tensor, start: int) -> None:
+        with os_errors(f"{self.path}: cannot be read"):
+            count = read_into(self._descriptor, byte_view(values), start * self._row_bytes)
+        assert count == values.nbytes, "rows are read that were never written"
+
+    def _write(self, values: Tensor, start: int) -> None:
+        with os_errors(f"{self.path}: cannot be written", self.path.parent, values.nbytes):
+            write_from(self._descriptor, byte_view(values), start * self._row_bytes)
+
+
+def row_chunks(num_rows: int, width: int) -> Iterator[slice]:
+    """Slices of rows of about 16 MiB in float32."""
+    step = max(1, _CHUNK_ELEMENTS // width)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+def _runs(rows_R: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Maximal runs of consecutive numbers as (place, first number, length)."""
+    numbers = rows_R.tolist()
+    begin = 0
+    for place in range(1, len(numbers) + 1):
+        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:
+            yield begin, numbers[begin], place - begin
+            begin = place

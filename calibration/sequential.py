@@ -1,0 +1,136 @@
+"""The calibration pass: embeddings, then layer after layer, each on the hidden states that the quantized ones before give.
+
+Hidden states of all tokens are in files; of weights one expert at a time is in memory, with what its inputs' sums and
+the solver take. Layers done before an interruption are not read again; in the layer that it fell into, finished
+experts are read back and only the others are solved.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama4_quant.architecture import Role
+from llama4_quant.calibration.decoder import DecoderMath
+from llama4_quant.calibration.layer import LayerPass
+from llama4_quant.calibration.records import LayerRecord
+from llama4_quant.calibration.routing import Coverage
+from llama4_quant.calibration.settings import SolverSettings
+from llama4_quant.calibration.streams import Position, Sequences, StreamFiles, drift
+from llama4_quant.calibration.weights import Weights
+from llama4_quant.config import Llama4Config
+from llama4_quant.plan import Plan
+from llama4_quant.work import WorkItem, item_decisions
+
+CALIBRATED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP, Role.ROUTED_EXPERT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """What runs through the model.
+
+    Attributes:
+        input_ids: of each sample, int64 [L].
+        embed: a sample's embeddings [L, H], with image features in their places; of the original model if asked, of
+            the quantized one otherwise (its vision tower may be quantized).
+    """
+
+    input_ids: tuple[Tensor, ...]
+    embed: Callable[[int, bool], Tensor]
+
+
+def calibrated_items(plan: Plan, items: Sequence[WorkItem]) -> tuple[WorkItem, ...]:
+    """Items whose weights the pass quantizes; all others need no data."""
+    return tuple(item for item in items if _is_calibrated(plan, item))
+
+
+def _is_calibrated(plan: Plan, item: WorkItem) -> bool:
+    decisions = item_decisions(plan.tensors[item.tensor], item)
+    return any(d.scheme is not None and d.role in CALIBRATED_ROLES for d in decisions)
+
+
+class SequentialPass:
+    """Calibrates all layers of a plan."""
+
+    def __init__(
+        self,
+        config: Llama4Config,
+        weights: Weights,
+        folder: Path,
+        settings: SolverSettings,
+        done: Callable[[str, int], None],
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            config: the model.
+            weights: the conversion's weights.
+            folder: for hidden states; what an interrupted run left there is used.
+            settings: how weights are solved.
+            done: called with a weight's name and the source bytes that are done now.
+        """
+        self._config, self._weights, self._folder = config, weights, folder
+        self._settings, self._done = settings, done
+
+    def run(self, tokens: Tokens) -> tuple[LayerRecord, ...]:
+        """Calibrate, on the given tokens.
+
+        Returns:
+            A record for each layer.
+        """
+        text, device = self._config.text, self._weights.device
+        sequences = Sequences(lengths=tuple(len(ids) for ids in tokens.input_ids))
+        files = StreamFiles(
+            self._folder, sequences.num_rows, text.hidden_size, with_original=self._settings.correct, device=device
+        )
+        maths = DecoderMath(text, device)
+        position = files.position()
+        if position is None:
+            position = self._embed(files, tokens, sequences)
+        while position.layer < text.num_hidden_layers:
+            layer = LayerPass(
+                position.layer,
+                f"{self._config.prefix}model.layers.{position.layer}",
+                maths=maths,
+                weights=self._weights,
+                files=files,
+                sequences=sequences,
+                coverage=Coverage(width=text.hidden_size),
+                done=self._done,
+            )
+            position = self._run_layer(layer, files, position)
+        return position.records
+
+    def _run_layer(self, layer: LayerPass, files: StreamFiles, position: Position) -> Position:
+        with files.open(position.layer) as before, files.open(position.layer + 1) as after:
+            layer.run(before, after)
+            relative_error, sqnr_db = drift(after)
+            record = LayerRecord(
+                layer=position.layer,
+                rows_per_expert=layer.rows_per_expert,
+                relative_error=relative_error,
+                sqnr_db=sqnr_db,
+                rerouted=layer.rerouted,
+            )
+            for file in after.both():
+                file.sync()
+        reached = Position(layer=position.layer + 1, records=(*position.records, record))
+        files.advance(reached)
+        return reached
+
+    def _embed(self, files: StreamFiles, tokens: Tokens, sequences: Sequences) -> Position:
+        position = Position(layer=0)
+        with files.open(0) as streams:
+            start = 0
+            for index, length in enumerate(sequences.lengths):
+                rows = slice(start, start + length)
+                streams.quantized.write(rows, tokens.embed(index, False))
+                if streams.original is not None:
+                    streams.original.write(rows, tokens.embed(index, True))
+                start += length
+            for file in streams.both():
+                file.sync()
+        files.advance(position)
+        return position

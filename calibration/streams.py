@@ -1,0 +1,138 @@
+"""The hidden states of all calibration tokens, between two layers.
+
+There are one or two streams: `quantized`, what the model computes with the weights stored so far, and `original`, what
+the source computes. Each layer reads one generation of files and writes the next, and only when both are on the disk
+does state.json say so: an interrupted run goes on with the layer that it was in.
+
+Shape letters: H hidden, R rows.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama4_quant.calibration.records import LayerRecord
+from llama4_quant.calibration.rows import RowFile
+from llama4_quant.checkpoint.files import os_errors, replacing, sync_folder
+
+_STATE_NAME = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """Where the tokens of each sample lie among all rows.
+
+    Attributes:
+        lengths: tokens of each sample, in order.
+    """
+
+    lengths: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens of all samples."""
+        return sum(self.lengths)
+
+    def batches(self, max_rows: int) -> Iterator[tuple[slice, int]]:
+        """Runs of samples of one length as (rows, length), of at most `max_rows` rows or one sample."""
+        start, index = 0, 0
+        while index < len(self.lengths):
+            length, count = self.lengths[index], 1
+            while (
+                index + count < len(self.lengths)
+                and self.lengths[index + count] == length
+                and (count + 1) * length <= max_rows
+            ):
+                count += 1
+            yield slice(start, start + count * length), length
+            start, index = start + count * length, index + count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Streams:
+    """Hidden states [R, H] in files; `original` is None where only the quantized model runs."""
+
+    quantized: RowFile
+    original: RowFile | None
+
+    def both(self) -> Sequence[RowFile]:
+        """Those that there are."""
+        return [self.quantized] if self.original is None else [self.quantized, self.original]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """How far a calibration is: `layer` is the next one, `records` are of those before it."""
+
+    layer: int
+    records: tuple[LayerRecord, ...] = ()
+
+
+class StreamFiles:
+    """The files of a calibration.
+
+    Attributes:
+        folder: where they are.
+        with_original: whether the original model runs beside the quantized one.
+    """
+
+    def __init__(self, folder: Path, num_rows: int, width: int, *, with_original: bool, device: torch.device) -> None:
+        """Nothing is created before `open`."""
+        self.folder = folder
+        self._num_rows, self._width = num_rows, width
+        self.with_original, self._device = with_original, device
+
+    def position(self) -> Position | None:
+        """Where an interrupted run was; None if it had not begun."""
+        try:
+            content = json.loads((self.folder / _STATE_NAME).read_text(encoding="utf-8"))
+            records = tuple(
+                LayerRecord(**{**record, "rows_per_expert": tuple(record["rows_per_expert"])})
+                for record in content["records"]
+            )
+            return Position(layer=int(content["layer"]), records=records)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def advance(self, position: Position) -> None:
+        """Say durably that the streams in front of `position.layer` are complete."""
+        data = json.dumps(asdict(position)).encode()
+        with os_errors(f"{self.folder}: cannot be written", self.folder, len(data)):
+            with replacing(self.folder / _STATE_NAME) as descriptor:
+                os.write(descriptor, data)
+                os.fsync(descriptor)
+            sync_folder(self.folder)
+
+    @contextmanager
+    def open(self, layer: int) -> Iterator[Streams]:
+        """The streams in front of a layer."""
+        with ExitStack() as files:
+            generation = layer % 2
+            names = ["quantized", "original"] if self.with_original else ["quantized"]
+            opened = [files.enter_context(self.scratch(f"{name}-{generation}", self._width)) for name in names]
+            yield Streams(quantized=opened[0], original=opened[1] if self.with_original else None)
+
+    def scratch(self, name: str, width: int, num_rows: int | None = None) -> RowFile:
+        """A file for something that lives within a layer; opened, not emptied."""
+        rows = self._num_rows if num_rows is None else num_rows
+        return RowFile(self.folder / f"{name}.rows", rows, width, self._device)
+
+
+def drift(streams: Streams) -> tuple[float | None, float | None]:
+    """Relative error and SQNR (dB) of the quantized stream against the original one."""
+    if streams.original is None:
+        return None, None
+    noise = signal = 0.0
+    for rows in streams.quantized.chunks():
+        original_RH = streams.original.read(rows).double()
+        noise += float((streams.quantized.read(rows).double() - original_RH).square().sum())
+        signal += float(original_RH.square().sum())
+    if not signal or not noise:
+        return 0.0, None
+    return (noise / signal) ** 0.5, 10 * float(torch.log10(Tensor([signal / noise])))

@@ -1,0 +1,171 @@
+"""Weights on their way through a calibration: read from the source, solved, stored, or read back if that is done.
+
+A weight whose work items are in the journal is never solved again: after an interruption its stored bytes are read
+back, and go on through the layer like those that were just made.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama4_quant.calibration.hessian import Moments
+from llama4_quant.calibration.records import CalibrationRecord
+from llama4_quant.calibration.settings import SolverSettings
+from llama4_quant.calibration.solve import Solver
+from llama4_quant.checkpoint.journal import WrittenRange
+from llama4_quant.checkpoint.reader import CheckpointReader
+from llama4_quant.checkpoint.writer import CheckpointWriter
+from llama4_quant.errors import QuantizationError
+from llama4_quant.formats.compressed_tensors import decode, encode_packed
+from llama4_quant.notes import WeightNote
+from llama4_quant.plan import Decision, Plan
+from llama4_quant.quantizers.backend import Backend
+from llama4_quant.quantizers.lanes import rows_per_scale
+from llama4_quant.quantizers.packed import PackedWeight
+from llama4_quant.quantizers.quantize import dequantize_weight
+from llama4_quant.work import WorkItem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A weight twice, float32 [out, in]: as it was, and as it is stored."""
+
+    original: Tensor
+    stored: Tensor
+
+
+class Weights:
+    """The weights of one conversion, by module name.
+
+    Attributes:
+        device: where the arithmetic is done.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        items: Sequence[WorkItem],
+        reader: CheckpointReader,
+        writer: CheckpointWriter,
+        backend: Backend,
+        *,
+        method: str,
+        settings: SolverSettings,
+        device: torch.device,
+    ) -> None:
+        self._reader, self._writer, self._backend = reader, writer, backend
+        self._method, self._settings, self.device = method, settings, device
+        self._decisions = {decision.name: decision for decision in plan.decisions}
+        self._items: dict[tuple[str, int | None], list[WorkItem]] = {}
+        for item in items:
+            self._items.setdefault((plan.tensors[item.tensor].spec.name, item.expert), []).append(item)
+        self._finished = set(writer.records())
+
+    def decision(self, name: str) -> Decision:
+        """What the plan says about a weight."""
+        return self._decisions[name]
+
+    def original(self, name: str) -> Tensor:
+        """A weight, norm or bias of the source, float32; [out, in] for linear weights."""
+        decision = self._decisions[name]
+        linear = decision.linear
+        if linear is None or linear.expert is None:
+            return self._on_device(self._reader.read(linear.source if linear else name))
+        stored_IN = self._reader.read_slice(linear.source, linear.expert, 0, linear.in_features)
+        return self._on_device(stored_IN[:, linear.out_start : linear.out_start + linear.out_features].T)
+
+    def quantize(self, names: Sequence[str], moments: Moments, num_prior_rows: int = 0) -> tuple[dict[str, Pair], int]:
+        """Quantize weights that share their inputs, and whose work items hold no other weights.
+
+        Args:
+            names: of the weights, in the order of the model.
+            moments: of their inputs.
+            num_prior_rows: how many of the rows stand for what is not known.
+
+        Returns:
+            The weights by name, and the source bytes that are done now.
+        """
+        items = self._items_of(names)
+        todo = [name for name in names if self._decisions[name].scheme is not None]
+        if not todo or all(item.id in self._finished for item in items):
+            return {name: self._read_back(name) for name in names}, 0
+        solver = Solver.of(moments, self._settings) if moments.num_rows else None
+        pairs: dict[str, Pair] = {}
+        ranges: list[WrittenRange] = []
+        notes: list[dict[str, Any]] = []
+        for name in names:
+            original = self.original(name)
+            if name not in todo:
+                pairs[name] = Pair(original=original, stored=original)
+                continue
+            packed, note = self._solve(name, original, solver, moments, num_prior_rows)
+            ranges += self._write(name, packed)
+            notes.append(note.to_json())
+            pairs[name] = Pair(original=original, stored=dequantize_weight(packed.unpack(), torch.float32))
+        self._record(items, ranges, notes)
+        return pairs, sum(item.num_bytes for item in items)
+
+    def _solve(
+        self, name: str, original: Tensor, solver: Solver | None, moments: Moments, num_prior_rows: int
+    ) -> tuple[PackedWeight, WeightNote]:
+        scheme = self._decisions[name].scheme
+        assert scheme is not None
+        started = time.perf_counter()
+        try:
+            rounded = self._backend.quantize(original, scheme)
+            if solver is None:
+                packed = rounded
+                record = CalibrationRecord(
+                    method="rtn", num_rows=0, note="no rows were routed here: rounded to nearest, scales by least squares"
+                )
+            else:
+                solved = solver.solve(original, scheme)
+                packed = solved.packed
+                record = CalibrationRecord(
+                    method=self._method,
+                    num_rows=moments.num_rows,
+                    num_prior_rows=num_prior_rows,
+                    damp_percent=solver.factored.damp_percent,
+                    rounding_error=solver.cost(original, dequantize_weight(rounded.unpack(), torch.float32)),
+                    output_error=solved.output_error,
+                )
+        except QuantizationError as error:
+            raise QuantizationError(f"{name}: {error}") from error
+        seconds = time.perf_counter() - started
+        return packed, WeightNote(
+            weight=name, error=packed.error, seconds=seconds, calibration=dataclasses.asdict(record)
+        )
+
+    def _write(self, name: str, packed: PackedWeight) -> Iterable[WrittenRange]:
+        rows = encode_packed(name, packed, row_start=0, out_features=packed.shape[0])
+        return [self._writer.write(part.name, part.values, part.row_start) for part in rows]
+
+    def _record(self, items: Sequence[WorkItem], ranges: list[WrittenRange], notes: list[dict[str, Any]]) -> None:
+        """All ranges and notes go with the last item, after which the weights count as finished."""
+        for item in items[:-1]:
+            self._writer.record(item.id, [], [])
+        self._writer.record(items[-1].id, ranges, notes)
+
+    def _items_of(self, names: Sequence[str]) -> list[WorkItem]:
+        found: dict[int, WorkItem] = {}
+        for name in names:
+            linear = self._decisions[name].linear
+            assert linear is not None
+            found |= {item.id: item for item in self._items[linear.source, linear.expert]}
+        return list(found.values())
+
+    def _read_back(self, name: str) -> Pair:
+        decision = self._decisions[name]
+        original = self.original(name)
+        if decision.scheme is None:
+            return Pair(original=original, stored=original)
+        tensors: Mapping[str, Tensor] = {output.name: self._writer.read(output.name) for output in decision.outputs}
+        values = dequantize_weight(decode(name, tensors, decision.scheme), torch.float32)
+        return Pair(original=original, stored=values.to(self.device))
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self.device, dtype=torch.float32)
