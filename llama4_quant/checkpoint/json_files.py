@@ -55,8 +55,10 @@ def read_json(path: Path, error: type[Llama4QuantError] = ConfigError) -> dict[s
     return parse_json(data, str(path), error)
 
 
-def parse_json(data: bytes, where: str, error: type[Llama4QuantError] = ConfigError) -> dict[str, Any]:
-    """Parse bytes that must be one JSON object; `where` opens every error message.
+def parse_json(
+    data: bytes, where: str, error: type[Llama4QuantError] = ConfigError, *, remedy: str = "download the file again"
+) -> dict[str, Any]:
+    """Parse bytes that must be one JSON object; `where` opens and `remedy` ends error messages.
 
     Raises:
         ConfigError: (or `error`) not UTF-8, not JSON, not an object, a duplicate key, too many values, too deep.
@@ -69,7 +71,7 @@ def parse_json(data: bytes, where: str, error: type[Llama4QuantError] = ConfigEr
             f"{where}: expected UTF-8 text, found byte 0x{data[problem.start]:02x} at {problem.start}"
         ) from None
     except (ValueError, RecursionError) as problem:
-        raise error(f"{where}: not valid JSON: {problem}; download the file again") from None
+        raise error(f"{where}: not valid JSON: {problem}; {remedy}") from None
     if not isinstance(parsed, dict):
         raise error(f"{where}: expected a JSON object, found {shown(parsed)}")
     return parsed
