@@ -22,7 +22,7 @@ MAX_ROW_GROUP_BYTES = 4 * 2**30
 
 _BATCH_ROWS = 256
 _HUB_NAME = re.compile(
-    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^:\[\]]+))??(?::(?P<split>\w[\w.-]*(?:\[[^\[\]]*\])?))?"
+    r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[^:\[\]]+))??(?::(?P<split>\w[\w.-]*(?:\[[^\[\]]*\])?))?"
 )
 
 

@@ -47,7 +47,8 @@ def test_passages_end_at_blank_lines_then_at_lines() -> None:
         b"four\n",
         b"five six seven eight",
     ]
-    assert [data[s:e] for s, e, _ in passages(b"aaaa\nbbbb\ncc", 0, 8)] == [b"aaaa\n", b"bbbb\ncc"]
+    lines = b"aaaa\nbbbb\ncc"
+    assert [lines[start:end] for start, end, _ in passages(lines, 0, 8)] == [b"aaaa\n", b"bbbb\ncc"]
     # Bytes that are no UTF-8 at all still make progress.
     assert [end for _, end, _ in passages(b"\x80" * 10, 0, 4)][-1] == 10
 
