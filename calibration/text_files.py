@@ -25,6 +25,7 @@ MAX_RECORD_BYTES = 16 * 2**20
 """Of one line; a line of 131,072 token ids takes 1 MiB."""
 
 _MAX_GAP = 2**16
+_RELEASE_BYTES = 32 * 2**20  # a multiple of every page size
 _BOM = b"\xef\xbb\xbf"
 # Everything up to and with the next bracket outside strings. An unclosed string runs to the end: linear in the file.
 _NEXT_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z))*+([\[\]{}]|\Z)', re.DOTALL)
@@ -95,8 +96,9 @@ def open_text_file(path: Path, reader: RecordReader, passage_bytes: int) -> Text
             if size == 0:
                 return TextFile(path=path, unit="line", identity=digest, reader=reader, spans=_table(iter(()), path))
             # Not closed by hand: after an error, matches still point into it, and closing would be an error of its own.
-            unit, spans = _spans(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), passage_bytes)
-            table = _table(spans, path)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            unit, spans = _spans(path, data, passage_bytes)
+            table = _table(_releasing(spans, data), path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}; check the path and the permissions") from error
     return TextFile(path=path, unit=unit, identity=f"{digest} {size}", reader=reader, spans=table)
@@ -139,9 +141,9 @@ def _lines(data: mmap.mmap, start: int, path: Path) -> Iterator[Span]:
     """Lines that are not blank."""
     number, size = 0, len(data)
     while start < size:
-        found = data.find(b"\n", start)
-        end = size if found < 0 else found
         number += 1
+        found = data.find(b"\n", start, start + MAX_RECORD_BYTES + 1)
+        end = size if found < 0 else found
         _check_length(end - start, f"{path}, line {number}")
         if data[start:end].strip():
             yield start, end, number
@@ -176,9 +178,19 @@ def _check_gap(gap: bytes, expected: bytes, where: str) -> None:
 def _check_length(length: int, where: str) -> None:
     if length > MAX_RECORD_BYTES:
         raise UsageError(
-            f"{where}: has {length:,} bytes, expected at most {MAX_RECORD_BYTES:,}; JSON Lines have one record per "
-            "line, and long texts have to be cut"
+            f"{where}: has more than {MAX_RECORD_BYTES:,} bytes; JSON Lines have one record per line, and long texts "
+            "have to be cut"
         )
+
+
+def _releasing(spans: Iterator[Span], data: mmap.mmap) -> Iterator[Span]:
+    """The spans, while what was read is unmapped, so that the process is not as large as the file."""
+    released = 0
+    for span in spans:
+        if span[1] - released > 2 * _RELEASE_BYTES:
+            data.madvise(mmap.MADV_DONTNEED, released, _RELEASE_BYTES)
+            released += _RELEASE_BYTES
+        yield span
 
 
 def _table(spans: Iterator[Span], path: Path) -> NDArray[np.int64]:

@@ -63,7 +63,7 @@ def parse_json(
     Raises:
         ConfigError: (or `error`) not UTF-8, not JSON, not an object, a duplicate key, too many values, too deep.
     """
-    _check_size(data, where, error)
+    _check_size(data, where, error, remedy)
     try:
         parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except UnicodeDecodeError as problem:
@@ -82,15 +82,15 @@ def dump_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
-def _check_size(data: bytes, where: str, error: type[Llama4QuantError]) -> None:
+def _check_size(data: bytes, where: str, error: type[Llama4QuantError], remedy: str) -> None:
     num_tokens = sum(data.count(mark) for mark in _MARKS)
     if num_tokens > MAX_TOKENS:
-        raise error(f"{where}: expected at most {MAX_TOKENS:,} JSON tokens, found {num_tokens:,}; not a model's file")
+        raise error(f"{where}: expected at most {MAX_TOKENS:,} JSON tokens, found {num_tokens:,}; {remedy}")
     depth = 0
     for match in _NEXT_BRACKET.finditer(data):
         depth += _STEPS[match[1]]
         if depth > MAX_DEPTH:
-            raise error(f"{where}: JSON nested more than {MAX_DEPTH} deep; not a model's file")
+            raise error(f"{where}: JSON nested more than {MAX_DEPTH} deep; {remedy}")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

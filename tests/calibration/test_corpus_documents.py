@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama4_quant.calibration.documents import ChatDocument, Document, RecordReader, TextDocument, TokenDocument
 from llama4_quant.errors import UsageError
@@ -166,3 +168,23 @@ def test_a_data_set_without_files_has_no_paths() -> None:
     reader = RecordReader(text_column="text", folder=None)
     with pytest.raises(UsageError, match=r"the image is a path, 'a\.png', expected its content"):
         reader.document({"text": "t", "image": {"bytes": None, "path": "a.png"}}, "here")
+
+
+KEYS = ("input_ids", "messages", "conversations", "text", "images", "image", "role", "content", "from", "value", "type")
+WORDS = st.sampled_from(["user", "human", "text", "image", "<image>", "<|image|>", "", "../..", "\ud800"])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=4) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "path", "bytes"]), inner),
+    max_leaves=12,
+)
+
+
+@given(record=st.dictionaries(st.sampled_from(KEYS), ANYTHING))
+def test_no_record_raises_anything_else(record: dict[str, Any]) -> None:
+    reader = RecordReader(text_column="text", folder=Path(__file__).parent)
+    try:
+        document = reader.document(record, "here")
+    except UsageError as error:
+        assert str(error).startswith("here: ")
+    else:
+        assert document.where == "here"

@@ -124,7 +124,7 @@ def test_a_damaged_json_array_is_refused(tmp_path: Path, content: bytes, message
         (b'{"text": "\xff"}', "line 3: expected UTF-8 text, found byte 0xff at 10"),
         (b'["text"]', "line 3: expected a JSON object"),
         (b'{"text": "a", "text": "b"}', "line 3: .*the key 'text' occurs twice"),
-        (b'{"text": ' + b"[" * 100 + b"]" * 100 + b"}", "line 3: JSON nested more than 64 deep"),
+        (b'{"text": ' + b"[" * 100 + b"]" * 100 + b"}", "line 3: JSON nested more than 64 deep; correct or remove it"),
         (b'{"input_ids": [1' + b"0" * 5000 + b"]}", "line 3: not valid JSON"),
     ],
 )
@@ -150,7 +150,7 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 def test_a_record_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str) -> None:
     monkeypatch.setattr(text_files, "MAX_RECORD_BYTES", 10)
     (tmp_path / name).write_text(content)
-    with pytest.raises(UsageError, match=r"(line 2|item 1): has 20 bytes, expected at most 10"):
+    with pytest.raises(UsageError, match=r"(line 2|item 1): has more than 10 bytes"):
         opened(tmp_path / name)
 
 
@@ -176,3 +176,41 @@ def test_a_file_that_shrinks_meanwhile(tmp_path: Path) -> None:
 def test_no_permission_or_no_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read: No such file or directory"):
         opened(tmp_path / "absent.txt")
+
+
+def test_indexing_a_large_file_takes_no_memory_for_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every page is unmapped once, but for the last ones; what is read later is still right."""
+    monkeypatch.setattr(text_files, "_RELEASE_BYTES", 2**16)
+    released: list[tuple[int, int]] = []
+
+    class Spy(text_files.mmap.mmap):
+        def madvise(self, option: int, start: int, length: int) -> None:
+            assert option == text_files.mmap.MADV_DONTNEED
+            released.append((start, length))
+            super().madvise(option, start, length)
+
+    monkeypatch.setattr(text_files.mmap, "mmap", Spy)
+    path = tmp_path / "data.jsonl"
+    expected = [f"{number} " + "x" * 1000 for number in range(2000)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in expected))
+    assert texts(opened(path)) == expected
+    assert [start for start, _ in released] == [2**16 * index for index in range(len(released))]
+    assert path.stat().st_size - 2**16 * len(released) <= 2 * 2**16
+
+
+@given(
+    content=st.lists(
+        st.sampled_from([b"[", b"]", b"{", b"}", b'"', b"\\", b",", b":", b" ", b"\n", b"1", b'{"text": "a"}', b"\xff"])
+    ).map(b"".join),
+    suffix=st.sampled_from([".json", ".jsonl", ".txt"]),
+)
+def test_no_file_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
+    path = tmp_path_factory.mktemp("hostile") / f"data{suffix}"
+    path.write_bytes((b"[" if suffix == ".json" else b"") + content)
+    try:
+        file = opened(path)
+        documents = list(file.read(range(file.num_records)))
+    except UsageError as error:
+        assert str(error).startswith(str(path))
+    else:
+        assert len(documents) == file.num_records
