@@ -55,13 +55,15 @@ def read_json(path: Path, error: type[Llama4QuantError] = ConfigError) -> dict[s
     return parse_json(data, str(path), error)
 
 
-def parse_json(data: bytes, where: str, error: type[Llama4QuantError] = ConfigError) -> dict[str, Any]:
-    """Parse bytes that must be one JSON object; `where` opens every error message.
+def parse_json(
+    data: bytes, where: str, error: type[Llama4QuantError] = ConfigError, *, remedy: str = "download the file again"
+) -> dict[str, Any]:
+    """Parse bytes that must be one JSON object; `where` opens and `remedy` ends error messages.
 
     Raises:
         ConfigError: (or `error`) not UTF-8, not JSON, not an object, a duplicate key, too many values, too deep.
     """
-    _check_size(data, where, error)
+    _check_size(data, where, error, remedy)
     try:
         parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except UnicodeDecodeError as problem:
@@ -69,7 +71,7 @@ def parse_json(data: bytes, where: str, error: type[Llama4QuantError] = ConfigEr
             f"{where}: expected UTF-8 text, found byte 0x{data[problem.start]:02x} at {problem.start}"
         ) from None
     except (ValueError, RecursionError) as problem:
-        raise error(f"{where}: not valid JSON: {problem}; download the file again") from None
+        raise error(f"{where}: not valid JSON: {problem}; {remedy}") from None
     if not isinstance(parsed, dict):
         raise error(f"{where}: expected a JSON object, found {shown(parsed)}")
     return parsed
@@ -80,15 +82,15 @@ def dump_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
-def _check_size(data: bytes, where: str, error: type[Llama4QuantError]) -> None:
+def _check_size(data: bytes, where: str, error: type[Llama4QuantError], remedy: str) -> None:
     num_tokens = sum(data.count(mark) for mark in _MARKS)
     if num_tokens > MAX_TOKENS:
-        raise error(f"{where}: expected at most {MAX_TOKENS:,} JSON tokens, found {num_tokens:,}; not a model's file")
+        raise error(f"{where}: expected at most {MAX_TOKENS:,} JSON tokens, found {num_tokens:,}; {remedy}")
     depth = 0
     for match in _NEXT_BRACKET.finditer(data):
         depth += _STEPS[match[1]]
         if depth > MAX_DEPTH:
-            raise error(f"{where}: JSON nested more than {MAX_DEPTH} deep; not a model's file")
+            raise error(f"{where}: JSON nested more than {MAX_DEPTH} deep; {remedy}")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -103,10 +103,14 @@ class Tokenizer:
         )
         return text
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt of a chat, ready for the assistant's answer, with <|begin_of_text|> and one <|image|> per image.
+    def render_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+        """A chat as text, with <|begin_of_text|> and one <|image|> per image.
 
         The template comes with the checkpoint and runs in transformers' sandbox.
+
+        Args:
+            messages: the chat so far.
+            generation_prompt: end ready for the assistant's answer; without it, after the last message.
 
         Raises:
             UsageError: no template, no message, or the template refuses the messages.
@@ -117,7 +121,7 @@ class Tokenizer:
             raise UsageError("a chat needs at least one message")
         try:
             prompt: str = self._wrapped.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
             )
         except Exception as error:  # templates are programs of their own
             raise UsageError(f"the chat template does not take these messages: {error}") from error

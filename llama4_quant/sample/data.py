@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from llama4_quant.python_text import Document
 from llama4_quant.sample import shapes
-from llama4_quant.sample.corpus import Document
 from llama4_quant.sample.routed import IGNORED
 from llama4_quant.sample.tokenizer import BOS, EOS, EOT, PAD, token_id
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Llama4ForConditionalGeneration
 
-from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR, baselines, corpus, shapes
-from llama4_quant.sample.corpus import Document
+from llama4_quant.python_text import Document, collect
+from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR, baselines, shapes
 from llama4_quant.sample.data import Chat, caption_chat, prompt_text
 from llama4_quant.sample.export import load_reference
 from llama4_quant.sample.tokenizer import BOS, EOT, VOCAB_SIZE, token_id
@@ -179,7 +179,7 @@ def _count_into(counts_E: Tensor) -> Callable[[nn.Module, object, tuple[Tensor, 
 def main(*, folder: Path, threads: int, as_json: bool) -> None:
     """Print held-out perplexity beside its baselines, caption accuracy, and how evenly experts are used."""
     torch.set_num_threads(threads)
-    report = evaluate(folder, corpus.collect().train, HELD_OUT_TEXT.read_text(encoding="utf-8"))
+    report = evaluate(folder, collect().train, HELD_OUT_TEXT.read_text(encoding="utf-8"))
     click.echo(json.dumps(asdict(report), indent=2) if as_json else render(report))
 
 

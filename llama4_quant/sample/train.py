@@ -19,12 +19,14 @@ import click
 import torch
 from torch import Tensor, nn
 
-from llama4_quant.sample import corpus, shapes
+from llama4_quant.python_text import collect
+from llama4_quant.sample import shapes
 from llama4_quant.sample.card import write_card
 from llama4_quant.sample.configuration import Dimensions, hub_config
 from llama4_quant.sample.data import Batch, TrainingData, chat_batch, prepare, text_batch
 from llama4_quant.sample.evaluate import evaluate, render
 from llama4_quant.sample.export import export
+from llama4_quant.sample.held_out import held_out_text
 from llama4_quant.sample.recipe import Recipe
 from llama4_quant.sample.routed import TrainingModel
 from llama4_quant.sample.run import Run
@@ -126,7 +128,7 @@ def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[_Grad
 @click.option("--threads", default=2, show_default=True, help="Threads; two are enough.")
 def main(*, output: Path, work: Path | None, steps: int, minutes: float, seed: int, threads: int) -> None:
     """Train the sample model, or continue a run that was interrupted; then evaluate it and write its card."""
-    text = corpus.collect()
+    text = collect()
     captions = [scene.caption for scene in shapes.scenes(held_out=False)]
     tokenizer = train_tokenizer([*(d.text for d in text.train), *captions])
     data = prepare(text.train, tokenizer)
@@ -139,7 +141,7 @@ def main(*, output: Path, work: Path | None, steps: int, minutes: float, seed: i
     train(run, data, folder, threads=threads)
     export(run.weights, hub, tokenizer, output)
     held_out = folder / "held_out.txt"
-    held_out.write_text(text.held_out_text(), encoding="utf-8")
+    held_out.write_text(held_out_text(text.held_out), encoding="utf-8")
     report = evaluate(output, text.train, held_out.read_text(encoding="utf-8"))
     write_card(output, report, recipe, steps=run.step, seconds=run.seconds)
     click.echo(render(report))

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama4_quant.python_text import PythonText, collect
 from llama4_quant.sample import HELD_OUT_TEXT
 from llama4_quant.sample.baselines import score
-from llama4_quant.sample.corpus import MAX_HELD_OUT_BYTES, Corpus, collect
+from llama4_quant.sample.held_out import MAX_HELD_OUT_BYTES, held_out_text
 
 SOURCE = '''"""A module that is about bees and honey."""
 import surely_not_installed
@@ -29,7 +30,7 @@ def short():
 
 
 @pytest.fixture(scope="module")
-def corpus() -> Corpus:
+def corpus() -> PythonText:
     return collect()
 
 
@@ -49,7 +50,7 @@ def test_collecting_twice_gives_the_same() -> None:
     assert collect(folder) == collect(folder)
 
 
-def test_held_out_text_is_not_trained_on(corpus: Corpus) -> None:
+def test_held_out_text_is_not_trained_on(corpus: PythonText) -> None:
     train_names = {d.name for d in corpus.train}
     train_texts = {" ".join(e.text.split()) for d in corpus.train for e in d.entries}
     held_out_texts = {" ".join(e.text.split()) for d in corpus.held_out for e in d.entries}
@@ -58,8 +59,8 @@ def test_held_out_text_is_not_trained_on(corpus: Corpus) -> None:
     assert len(held_out_texts) > 100
 
 
-def test_held_out_file_is_bounded_and_varied(corpus: Corpus) -> None:
-    text = corpus.held_out_text()
+def test_held_out_file_is_bounded_and_varied(corpus: PythonText) -> None:
+    text = held_out_text(corpus.held_out)
     assert MAX_HELD_OUT_BYTES / 2 < len(text.encode()) <= MAX_HELD_OUT_BYTES
     shipped = HELD_OUT_TEXT.read_text(encoding="utf-8")
     assert len(shipped.encode()) <= MAX_HELD_OUT_BYTES

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import Llama4ForConditionalGeneration
 
 from llama4_quant.errors import CheckpointError, UsageError
+from llama4_quant.python_text import Document, Entry
 from llama4_quant.sample import shapes
 from llama4_quant.sample.configuration import Dimensions, hub_config, transformers_config
-from llama4_quant.sample.corpus import Document, Entry
 from llama4_quant.sample.data import TrainingData, chat_batch, prepare, text_batch
 from llama4_quant.sample.export import export, load_reference
 from llama4_quant.sample.recipe import Recipe

@@ -1,4 +1,7 @@
-"""Text that every CPython installation has, split into documents that are trained on and documents that are not.
+"""Text that every CPython installation has: what the sample is trained on, and calibration without data of the user's.
+
+It is split into documents that models are trained and calibrated on and documents that are held out from both, so that
+a measurement on the held-out ones (the sample's held_out.txt) is on text that nothing has seen.
 
 One document is one topic of `pydoc_data.topics`, or all docstrings of one module of the standard library. Sources are
 parsed, never imported, so collecting runs no foreign code and needs no optional C library. The split hashes the
@@ -14,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics as pydoc_topics
 
-MAX_HELD_OUT_BYTES = 150_000
 _HELD_OUT_ONE_IN = 10
-_MAX_SHARE_OF_ONE_DOCUMENT = 12_000
 _MIN_CHARACTERS = 24
 # Test suites and bundled tools are absent from many distributions; codec tables are near-copies of one another.
 _SKIPPED_FOLDERS = frozenset(
@@ -46,55 +47,36 @@ class Document:
 
     @property
     def held_out(self) -> bool:
-        """Whether this document is kept from training."""
+        """Whether this document is kept from training and calibration."""
         return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big") % _HELD_OUT_ONE_IN == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
+class PythonText:
     """Both sides of the split, each in a fixed order."""
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
 
-    def held_out_text(self) -> str:
-        """The shipped held-out file: the beginnings of the held-out documents, so that no single one dominates."""
-        parts: list[str] = []
-        room = MAX_HELD_OUT_BYTES
-        for document in self.held_out:
-            text = _beginning(document)
-            size = len((text + "\n\n").encode())
-            if size <= room:
-                parts.append(text)
-                room -= size
-        return "\n\n".join(parts) + "\n"
 
-
-def collect(stdlib: Path | None = None) -> Corpus:
+def collect(stdlib: Path | None = None) -> PythonText:
     """Collect and split the text of the running Python.
 
     Args:
         stdlib: folder of the standard library; that of the running interpreter by default.
 
     Returns:
-        The corpus. A docstring that occurs twice is kept once, so no held-out text is also trained on.
+        The documents. A docstring that occurs twice is kept once, so no held-out text is also trained on.
     """
     folder = stdlib or Path(sysconfig.get_paths()["stdlib"])
     documents = [*_topic_documents(), *_module_documents(folder)]
     # Held-out documents claim their docstrings first: a copy elsewhere must not leak into training.
     ordered = sorted(documents, key=lambda d: (not d.held_out, d.name))
     unique = list(_without_repeats(ordered))
-    return Corpus(
+    return PythonText(
         train=tuple(d for d in unique if not d.held_out),
         held_out=tuple(d for d in unique if d.held_out),
     )
-
-
-def _beginning(document: Document) -> str:
-    text = document.text
-    if len(text) <= _MAX_SHARE_OF_ONE_DOCUMENT:
-        return text
-    return text[: text.rindex("\n", 0, _MAX_SHARE_OF_ONE_DOCUMENT)].rstrip()
 
 
 def _without_repeats(documents: Iterable[Document]) -> Iterator[Document]:
