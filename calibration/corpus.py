@@ -28,6 +28,9 @@ from llama4_quant.errors import UsageError
 FORMAT = "llama4-quant corpus 1"
 """Goes into fingerprints; changes when the same data would give other samples."""
 
+DEFAULT_NUM_SAMPLES = 256
+DEFAULT_MAX_SEQ_LENGTH = 2048
+
 BUILT_IN = "documentation of this machine's Python"
 _BUILT_IN_NOTE = (
     f"No calibration data was given, so the built-in text is used: the {BUILT_IN} (English technical prose, no images, "
@@ -65,8 +68,8 @@ class CalibrationSettings:
     """
 
     data: tuple[str, ...] = ()
-    num_samples: int = 256
-    max_seq_length: int = 2048
+    num_samples: int = DEFAULT_NUM_SAMPLES
+    max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH
     seed: int = 0
     text_column: str = "text"
 

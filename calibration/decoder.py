@@ -6,7 +6,7 @@ weights are passed in, since there are two of each: the original and the quantiz
 Shape letters: B sequences, E experts, H hidden, I intermediate, K in, N out, R rows, T tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -38,13 +38,19 @@ class DecoderMath:
         """RMSNorm in float32: [..., H] -> [..., H]."""
         return functional.rms_norm(x, gain_H.shape, gain_H, self.config.rms_norm_eps)
 
-    def context(self, layer: int, q_RN: Tensor, k_RN: Tensor, v_RN: Tensor, length: int) -> Tensor:
-        """Attention of whole sequences of `length` tokens that lie one after the other in R rows: [R, heads * D]."""
-        num_sequences = len(q_RN) // length
+    def context(self, layer: int, projected: Sequence[Tensor], length: int) -> Tensor:
+        """Attention: queries, keys and values [R, ...] -> [R, heads * D].
+
+        Args:
+            layer: its number.
+            projected: queries, keys and values of whole sequences, one after the other.
+            length: tokens of each sequence.
+        """
+        num_sequences = len(projected[0]) // length
         step = make_step(
             self.config, self._rotary, new=length, past=0, padding=(0,) * num_sequences, device=self._device
         )
-        q, k, v = (projected.view(num_sequences, length, -1) for projected in (q_RN, k_RN, v_RN))
+        q, k, v = (rows.view(num_sequences, length, -1) for rows in projected)
         return self._attention[layer].context(q, k, v, step, None).flatten(0, 1)
 
     def route(self, hidden_RH: Tensor, router_EH: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,10 +78,11 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
     On a CPU with AMX inputs are rounded to bfloat16 (relative error 2^-9) and sums kept in float32, at several times
     the speed; on a GPU inputs are rounded to TF32. Solving is done outside of this.
     """
-    backend, precision = torch.backends.mkldnn.matmul, "bf16"
     if device.type == "cuda":
         backend, precision = torch.backends.cuda.matmul, "tf32"
-    elif not torch.cpu._is_amx_tile_supported():  # noqa: SLF001 - there is no public question
+    elif torch.cpu._is_amx_tile_supported():  # noqa: SLF001 - there is no public question
+        backend, precision = torch.backends.mkldnn.matmul, "bf16"  # type: ignore[attr-defined]
+    else:
         yield
         return
     before = backend.fp32_precision

@@ -189,7 +189,9 @@ def refit_scales(weight_KN: Tensor, codes_KN: Tensor, factored: Factored, scales
     normal_GGN = torch.stack(
         [
             _group_sums(codes_KN * (gram_KK[:, part] @ codes_KN[part]), num_groups)
-            for part in (slice(start, start + scales.group_size) for start in range(0, len(codes_KN), scales.group_size))
+            for part in (
+                slice(start, start + scales.group_size) for start in range(0, len(codes_KN), scales.group_size)
+            )
         ],
         dim=1,
     )

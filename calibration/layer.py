@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from llama4_quant.calibration.decoder import DecoderMath, as_quantized_inputs, fast_matmul, swiglu
 from llama4_quant.calibration.hessian import Moments
-from llama4_quant.calibration.rows import RowFile, row_chunks
 from llama4_quant.calibration.routing import Coverage, ExpertRows, Routing
+from llama4_quant.calibration.rows import RowFile, row_chunks
 from llama4_quant.calibration.streams import Sequences, StreamFiles, Streams
 from llama4_quant.calibration.weights import Pair, Weights
 
@@ -98,7 +98,7 @@ class LayerPass:
                             functional.linear(x_RK, getattr(pairs[name], side), bias)
                             for name, bias in zip(names, biases, strict=True)
                         ]
-                        file.write(rows, self._maths.context(self._layer, *projected, length=length))
+                        file.write(rows, self._maths.context(self._layer, projected, length))
             self._write_to_residual(f"{self._base}.self_attn.o_proj", context, before, after)
 
     # Dense feed-forward ----------------------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ class LayerPass:
             with self._files.scratch("wanted", config.hidden_size) as wanted:
                 weights_T = self._remember_wanted(after, wanted)
                 for expert in range(config.num_local_experts):
-                    rows = routing.of(expert, self._coverage)
-                    self._expert(f"{base}.experts.{expert}", rows, normed, after, (wanted, weights_T))
+                    chosen = routing.of(expert, self._coverage)
+                    self._expert(f"{base}.experts.{expert}", chosen, normed, after, (wanted, weights_T))
 
     def _route(self, normed: Streams) -> Routing:
         router_EH = self._weights.original(f"{self._base}.feed_forward.router")
@@ -215,7 +215,9 @@ class LayerPass:
         pairs |= self._quantize([down], moments, rows.total_prior)
         self._add_outputs(after.quantized, normed.quantized, rows.quantized_tokens, rows.quantized_own, pairs, "stored")
         if after.original is not None and normed.original is not None:
-            self._add_outputs(after.original, normed.original, rows.original_tokens, rows.original_own, pairs, "original")
+            self._add_outputs(
+                after.original, normed.original, rows.original_tokens, rows.original_own, pairs, "original"
+            )
 
     def _add_outputs(
         self, residual: RowFile, normed: RowFile, tokens: Tensor, scores: Tensor, pairs: dict[str, Pair], side: str
@@ -244,9 +246,8 @@ class LayerPass:
         for rows in chunks:
             given = self._both(inputs, rows)
             for (file, x_RK, side), source in zip(self._sides(after, given), before.both(), strict=True):
-                x_RK = self._as_inputs(name, x_RK, side)
                 with fast_matmul(x_RK.device):
-                    y_RH = functional.linear(x_RK, getattr(pair, side), bias)
+                    y_RH = functional.linear(self._as_inputs(name, x_RK, side), getattr(pair, side), bias)
                 file.write(rows, source.read(rows) + y_RH)
 
     def _wanted(self, residual: Streams, rows: slice) -> tuple[Tensor | None, Tensor]:
@@ -308,6 +309,7 @@ class LayerPass:
         """Files within this layer, as many as the model runs."""
         with ExitStack() as files:
             opened = [
-                files.enter_context(self._files.scratch(f"{name}-{number}", width)) for number in range(len(like.both()))
+                files.enter_context(self._files.scratch(f"{name}-{number}", width))
+                for number in range(len(like.both()))
             ]
             yield Streams(quantized=opened[0], original=opened[1] if len(opened) == 2 else None)

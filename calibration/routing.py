@@ -92,7 +92,8 @@ class Routing:
     def rows_per_expert(self) -> tuple[int, ...]:
         """Rows routed to each expert in the quantized model."""
         num_experts = self.quantized_scores.shape[1]
-        return tuple(torch.bincount(self.quantized_experts.flatten(), minlength=num_experts).tolist())
+        counts: list[int] = torch.bincount(self.quantized_experts.flatten(), minlength=num_experts).tolist()
+        return tuple(counts)
 
     @property
     def rerouted(self) -> float | None:
@@ -116,7 +117,9 @@ class Routing:
             num_own=len(quantized),
             quantized_scores=self.quantized_scores[fitted, expert],
             original_scores=self.original_scores[fitted, expert],
-            weights=torch.cat([torch.ones(len(quantized)), torch.full((num_prior,), prior_weight)]).to(quantized.device),
+            weights=torch.cat([torch.ones(len(quantized)), torch.full((num_prior,), prior_weight)]).to(
+                quantized.device
+            ),
             quantized_tokens=quantized,
             quantized_own=self.quantized_scores[quantized, expert],
             original_tokens=original,

@@ -1,4 +1,4 @@
-"""The calibration pass: embeddings, then layer after layer, each on the hidden states that the quantized ones before give.
+"""The calibration pass: embeddings, then layer after layer, each on what the quantized layers before it give.
 
 Hidden states of all tokens are in files; of weights one expert at a time is in memory, with what its inputs' sums and
 the solver take. Layers done before an interruption are not read again; in the layer that it fell into, finished
@@ -6,11 +6,7 @@ experts are read back and only the others are solved.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from llama4_quant.architecture import Role
 from llama4_quant.calibration.decoder import DecoderMath
@@ -18,27 +14,13 @@ from llama4_quant.calibration.layer import LayerPass
 from llama4_quant.calibration.records import LayerRecord
 from llama4_quant.calibration.routing import Coverage
 from llama4_quant.calibration.settings import SolverSettings
-from llama4_quant.calibration.streams import Position, Sequences, StreamFiles, drift
+from llama4_quant.calibration.streams import Position, Sequences, StreamFiles, Streams, drift
 from llama4_quant.calibration.weights import Weights
 from llama4_quant.config import Llama4Config
 from llama4_quant.plan import Plan
 from llama4_quant.work import WorkItem, item_decisions
 
 CALIBRATED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP, Role.ROUTED_EXPERT)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tokens:
-    """What runs through the model.
-
-    Attributes:
-        input_ids: of each sample, int64 [L].
-        embed: a sample's embeddings [L, H], with image features in their places; of the original model if asked, of
-            the quantized one otherwise (its vision tower may be quantized).
-    """
-
-    input_ids: tuple[Tensor, ...]
-    embed: Callable[[int, bool], Tensor]
 
 
 def calibrated_items(plan: Plan, items: Sequence[WorkItem]) -> tuple[WorkItem, ...]:
@@ -74,21 +56,24 @@ class SequentialPass:
         self._config, self._weights, self._folder = config, weights, folder
         self._settings, self._done = settings, done
 
-    def run(self, tokens: Tokens) -> tuple[LayerRecord, ...]:
-        """Calibrate, on the given tokens.
+    def run(self, sequences: Sequences, embed: Callable[[Streams], None]) -> tuple[LayerRecord, ...]:
+        """Calibrate.
+
+        Args:
+            sequences: the samples' lengths.
+            embed: writes the embeddings of all tokens; not called where an interrupted run has done that.
 
         Returns:
             A record for each layer.
         """
         text, device = self._config.text, self._weights.device
-        sequences = Sequences(lengths=tuple(len(ids) for ids in tokens.input_ids))
         files = StreamFiles(
             self._folder, sequences.num_rows, text.hidden_size, with_original=self._settings.correct, device=device
         )
         maths = DecoderMath(text, device)
         position = files.position()
         if position is None:
-            position = self._embed(files, tokens, sequences)
+            position = self._begin(files, embed)
         while position.layer < text.num_hidden_layers:
             layer = LayerPass(
                 position.layer,
@@ -120,17 +105,11 @@ class SequentialPass:
         files.advance(reached)
         return reached
 
-    def _embed(self, files: StreamFiles, tokens: Tokens, sequences: Sequences) -> Position:
-        position = Position(layer=0)
+    def _begin(self, files: StreamFiles, embed: Callable[[Streams], None]) -> Position:
         with files.open(0) as streams:
-            start = 0
-            for index, length in enumerate(sequences.lengths):
-                rows = slice(start, start + length)
-                streams.quantized.write(rows, tokens.embed(index, False))
-                if streams.original is not None:
-                    streams.original.write(rows, tokens.embed(index, True))
-                start += length
+            embed(streams)
             for file in streams.both():
                 file.sync()
+        position = Position(layer=0)
         files.advance(position)
         return position

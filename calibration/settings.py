@@ -1,8 +1,10 @@
 """What a user chooses about calibration, and what an algorithm's name stands for."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from llama4_quant.calibration.corpus import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES, CalibrationSettings
 from llama4_quant.errors import UsageError
 
 
@@ -43,32 +45,74 @@ _SOLVERS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationSettings:
-    """How weights are calibrated, and with what.
+class Calibration:
+    """How weights are calibrated, and on what. Made by `make_calibration`.
 
     Attributes:
         algorithm: GPTQ or BEST.
-        data: files, folders or Hub data sets; none: the built-in text.
-        num_samples: sequences.
-        max_seq_length: tokens of a sequence, at most.
-        seed: of the order in which text is drawn.
-        min_tokens_per_expert: draw further sequences until every expert has seen as many, where the data suffices.
+        corpus: where tokens come from, and how many.
+        min_tokens_per_expert: draw further samples until every expert has as many rows, where the data suffices.
         device: where the arithmetic is done.
+        solver: what the algorithm stands for.
     """
 
-    algorithm: Algorithm = Algorithm.BEST
-    data: tuple[str, ...] = ()
-    num_samples: int = 256
-    max_seq_length: int = 2048
-    seed: int = 0
-    min_tokens_per_expert: int = 0
-    device: str = "cpu"
-    solver: SolverSettings = field(default_factory=SolverSettings)
+    algorithm: Algorithm
+    corpus: CalibrationSettings
+    min_tokens_per_expert: int
+    device: str
+    solver: SolverSettings
 
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_seq_length"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+def make_calibration(
+    algorithm: str = Algorithm.BEST,
+    *,
+    data: Sequence[str] = (),
+    num_samples: int = DEFAULT_NUM_SAMPLES,
+    max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    seed: int = 0,
+    text_column: str = "text",
+    min_tokens_per_expert: int = 0,
+    damp_percent: float | None = None,
+    device: str = "cpu",
+) -> Calibration | None:
+    """Settings for `convert(..., calibration=...)`.
+
+    Args:
+        algorithm: "best", "gptq", or "rtn" (None comes back: rounding to nearest needs no data).
+        data: files, folders and `hub:` data sets (docs/calibration.md); none: the built-in text.
+        num_samples: sequences.
+        max_seq_length: tokens of a sequence.
+        seed: decides the order in which text is drawn.
+        text_column: where JSON, Parquet and Hub records have plain text.
+        min_tokens_per_expert: draw further samples until every expert has seen as many tokens, where the data suffices.
+        damp_percent: added to the Hessians' diagonals, as a part of their mean; default: the algorithm's.
+        device: where the arithmetic is done: "cpu", "cuda", ...
+
+    Raises:
+        UsageError: unknown algorithm, or a number that makes no sense.
+    """
+    known = parse_algorithm(algorithm)
+    if known is Algorithm.RTN:
+        if data or min_tokens_per_expert:
+            raise UsageError("rtn rounds to nearest and uses no calibration data; choose gptq or best")
+        return None
+    solver = _SOLVERS[known]
+    if damp_percent is not None:
+        if not 0 < damp_percent <= 1:
+            raise UsageError(f"damp_percent is {damp_percent}, expected more than 0 and at most 1 (0.01 is usual)")
+        solver = replace(solver, damp_percent=damp_percent)
+    if min_tokens_per_expert < 0:
+        raise UsageError(f"min_tokens_per_expert is {min_tokens_per_expert}, expected 0 or more")
+    corpus = CalibrationSettings(
+        data=tuple(data), num_samples=num_samples, max_seq_length=max_seq_length, seed=seed, text_column=text_column
+    )
+    return Calibration(
+        algorithm=known,
+        corpus=corpus,
+        min_tokens_per_expert=min_tokens_per_expert,
+        device=device,
+        solver=solver,
+    )
 
 
 def parse_algorithm(name: str) -> Algorithm:
@@ -80,8 +124,3 @@ def parse_algorithm(name: str) -> Algorithm:
     if name not in set(Algorithm):
         raise UsageError(f"unknown algorithm {name!r}; known algorithms: {', '.join(Algorithm)}")
     return Algorithm(name)
-
-
-def solver_settings(algorithm: Algorithm) -> SolverSettings:
-    """What `algorithm` stands for."""
-    return _SOLVERS[algorithm]

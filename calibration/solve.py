@@ -72,7 +72,10 @@ class Solver:
         if self.settings.correct:
             target_NK = corrected(exact_NK, self.moments, self.settings.ridge_percent)
         scale = search_scales(target_NK, scheme, self.moments.gram.diagonal())
-        parts = [self._solve_rows(target_NK[rows], _rows_of(scale, rows, scheme), scheme) for rows in self._chunks(*exact_NK.shape)]
+        parts = [
+            self._solve_rows(target_NK[rows], _rows_of(scale, rows, scheme), scheme)
+            for rows in self._chunks(*exact_NK.shape)
+        ]
         quantized = QuantizedWeight(
             codes=torch.cat([codes for codes, _ in parts]),
             scale=torch.cat([part for _, part in parts]).to(grid_of(scheme).scale_dtype),

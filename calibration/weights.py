@@ -24,7 +24,6 @@ from llama4_quant.formats.compressed_tensors import decode, encode_packed
 from llama4_quant.notes import WeightNote
 from llama4_quant.plan import Decision, Plan
 from llama4_quant.quantizers.backend import Backend
-from llama4_quant.quantizers.lanes import rows_per_scale
 from llama4_quant.quantizers.packed import PackedWeight
 from llama4_quant.quantizers.quantize import dequantize_weight
 from llama4_quant.work import WorkItem
@@ -120,7 +119,9 @@ class Weights:
             if solver is None:
                 packed = rounded
                 record = CalibrationRecord(
-                    method="rtn", num_rows=0, note="no rows were routed here: rounded to nearest, scales by least squares"
+                    method="rtn",
+                    num_rows=0,
+                    note="no rows were routed here: rounded to nearest, scales by least squares",
                 )
             else:
                 solved = solver.solve(original, scheme)

@@ -198,7 +198,7 @@ class TextAttention(nn.Module):
 
     def context(self, q: Tensor, k: Tensor, v: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """Everything between the projections: queries [B, T, H*D], keys and values [B, T, G*D] -> [B, T, H*D]."""
-        q_BTHD, k_BTGD, v_BTGD = (projected.unflatten(-1, (-1, self.head_dim)) for projected in (q, k, v))
+        q_BTHD, k_BTGD, v_BTGD = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (q, k, v))
         q_BTHD, k_BTGD = self._place(q_BTHD, k_BTGD, step)
         q, k, v = q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
         key_column = step.past

@@ -97,12 +97,7 @@ class Llama4Model(nn.Module):
 
     def materialize(self, device: torch.device | str) -> Self:
         """Give meta parameters uninitialized storage on `device`, and move there what already has content."""
-        for module in self.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                placed = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.to(device)
-                module.register_parameter(name, nn.Parameter(placed, requires_grad=False))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                module.register_buffer(name, buffer.to(device), persistent=False)
+        materialize(self, device)
         return self
 
     def linear_target(self, spec: LinearSpec) -> dict[str, Tensor]:
@@ -217,6 +212,16 @@ class Llama4Model(nn.Module):
                 "features; pass the tiles of exactly these image tokens"
             )
         return x_BTH.masked_scatter(is_image_BT.unsqueeze(-1), features)
+
+
+def materialize(root: nn.Module, device: torch.device | str) -> None:
+    """Give the meta parameters of a module uninitialized storage on `device`, and move there what has content."""
+    for module in root.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placed = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.to(device)
+            module.register_parameter(name, nn.Parameter(placed, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer.to(device), persistent=False)
 
 
 def _padding(input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> tuple[int, ...]:

@@ -97,9 +97,7 @@ class TextModel(nn.Module):
             Normalized hidden states [B, T, H].
         """
         past = 0 if cache is None else cache.length
-        step = make_step(
-            self.config, self.rotary, new=x_BTH.shape[1], past=past, padding=padding, device=x_BTH.device
-        )
+        step = make_step(self.config, self.rotary, new=x_BTH.shape[1], past=past, padding=padding, device=x_BTH.device)
         for index, layer in enumerate(self.layers):
             x_BTH = layer(x_BTH, step, None if cache is None else cache.layers[index])
         y_BTH: Tensor = self.norm(x_BTH)
