@@ -5,12 +5,12 @@ The table is read in parts (Llama 4's has 202,048 rows): what is held does not g
 Shape letters: H hidden, L positions, R rows, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from llama4_quant.calibration.corpus import Sample
+from llama4_quant.calibration.corpus import Corpus
 from llama4_quant.calibration.rows import RowFile, row_chunks
 from llama4_quant.calibration.streams import Streams
 from llama4_quant.checkpoint.reader import CheckpointReader
@@ -24,19 +24,19 @@ TensorOf = Callable[[Decision], Iterable[tuple[str, Tensor]]]
 
 
 def write_embeddings(
-    streams: Streams, samples: Sequence[Sample], plan: Plan, reader: CheckpointReader, writer: CheckpointWriter
+    streams: Streams, corpus: Corpus, plan: Plan, reader: CheckpointReader, writer: CheckpointWriter
 ) -> None:
     """Write what the decoder's first layer gets.
 
     Args:
         streams: where to; the quantized stream gets image features of the quantized vision tower, if it is quantized.
-        samples: all of them, in order.
+        corpus: whose calibration set it is.
         plan: of the conversion; everything but the decoder's layers has been written.
         reader: the source.
         writer: the output.
     """
     config = plan.config
-    ids = torch.cat([sample.input_ids for sample in samples])
+    ids = torch.cat([sample.input_ids for sample in corpus.samples()])
     name = f"{config.prefix}model.embed_tokens.weight"
     num_rows, width = reader.tensors[name].shape
     for part in row_chunks(num_rows, width):
@@ -45,7 +45,7 @@ def write_embeddings(
             table_VH = reader.read_rows(name, part.start, part.stop).to(torch.float32)
             for file in streams.both():
                 file.scatter(tokens, table_VH[ids[tokens] - part.start])
-    if not any(sample.pixel_values is not None for sample in samples):
+    if not corpus.description.num_images:
         return
 
     def original(decision: Decision) -> Iterable[tuple[str, Tensor]]:
@@ -57,16 +57,19 @@ def write_embeddings(
             yield output.name.rpartition(".")[2], writer.read(output.name)
 
     schemes = {decision.name: decision.scheme for decision in plan.decisions}
-    _write_features(streams.quantized, samples, _vision_model(plan, schemes.__getitem__, stored))
+    _write_features(streams.quantized, corpus, _vision_model(plan, schemes.__getitem__, stored))
     if streams.original is not None:
-        _write_features(streams.original, samples, _vision_model(plan, lambda _name: None, original))
+        _write_features(streams.original, corpus, _vision_model(plan, lambda _name: None, original))
 
 
-def _write_features(file: RowFile, samples: Sequence[Sample], model: Llama4Model) -> None:
+def _write_features(file: RowFile, corpus: Corpus, model: Llama4Model) -> None:
+    """One sample's pixels are in memory at a time."""
+    image_token = model.config.image_token_index
+    assert image_token is not None
     start = 0
-    for sample in samples:
+    for sample in corpus.samples():
         if sample.pixel_values is not None:
-            places = torch.nonzero(sample.input_ids == model.config.image_token_index).squeeze(-1)
+            places = torch.nonzero(torch.eq(sample.input_ids, image_token)).squeeze(-1)
             file.scatter(start + places, model.image_features(sample.pixel_values).to(torch.float32))
         start += len(sample.input_ids)
 

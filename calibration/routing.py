@@ -64,7 +64,8 @@ class ExpertRows:
 
     def num_prior(self, part: slice) -> int:
         """Prior rows in a part of `fitted`."""
-        return max(0, part.stop - max(part.start, self.num_own))
+        first, stop = int(part.start), int(part.stop)
+        return max(0, stop - max(first, self.num_own))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llama4_quant.calibration.corpus import Corpus, Sample, open_corpus
+from llama4_quant.calibration.corpus import Corpus, open_corpus
 from llama4_quant.calibration.embed import write_embeddings
 from llama4_quant.calibration.records import CalibrationReport, LayerRecord
 from llama4_quant.calibration.sequential import SequentialPass, calibrated_items
@@ -28,12 +28,12 @@ class PreparedCalibration:
     Attributes:
         settings: what was asked for.
         corpus: the data.
-        samples: the calibration set.
+        lengths: tokens of each sample of the calibration set.
     """
 
     settings: Calibration
     corpus: Corpus
-    samples: tuple[Sample, ...]
+    lengths: tuple[int, ...]
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -81,11 +81,11 @@ class PreparedCalibration:
             settings=self.settings.solver,
             device=device,
         )
-        sequences = Sequences(lengths=tuple(len(sample.input_ids) for sample in self.samples))
+        sequences = Sequences(lengths=self.lengths)
         passing = SequentialPass(plan.config, weights, writer.scratch, self.settings.solver, done)
         with torch.inference_mode():
             layers = passing.run(
-                sequences, lambda streams: write_embeddings(streams, self.samples, plan, reader, writer)
+                sequences, lambda streams: write_embeddings(streams, self.corpus, plan, reader, writer)
             )
         return self._report(layers)
 
@@ -95,15 +95,15 @@ class PreparedCalibration:
         return CalibrationReport(
             algorithm=self.settings.algorithm,
             data="; ".join(description.sources),
-            num_samples=len(self.samples),
-            num_tokens=sum(len(sample.input_ids) for sample in self.samples),
+            num_samples=len(self.lengths),
+            num_tokens=sum(self.lengths),
             layers=layers,
             notes=(*notes, *_coverage_notes(layers)),
         )
 
 
-def prepare(settings: Calibration, reader: CheckpointReader, plan: Plan) -> PreparedCalibration:
-    """Find and draw the data of a calibration, and check that the plan can be calibrated.
+def prepare(settings: Calibration, reader: CheckpointReader) -> PreparedCalibration:
+    """Find and draw the data of a calibration.
 
     Raises:
         UsageError: data that cannot be used, or too little; a device that is not there.
@@ -113,7 +113,9 @@ def prepare(settings: Calibration, reader: CheckpointReader, plan: Plan) -> Prep
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {settings.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     corpus = open_corpus(reader.path, settings.corpus)
-    return PreparedCalibration(settings=settings, corpus=corpus, samples=tuple(corpus.samples()))
+    return PreparedCalibration(
+        settings=settings, corpus=corpus, lengths=tuple(len(sample.input_ids) for sample in corpus.samples())
+    )
 
 
 def _coverage_notes(layers: Sequence[LayerRecord]) -> list[str]:
@@ -127,7 +129,8 @@ def _coverage_notes(layers: Sequence[LayerRecord]) -> list[str]:
     if not unseen:
         return []
     shown = ", ".join(unseen[:8]) + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else "")
-    return [
+    sentence = (
         f"No token was routed to {len(unseen)} experts ({shown}): they were rounded to nearest. More or other "
         "calibration data may reach them; --min-tokens-per-expert draws more where it is needed."
-    ]
+    )
+    return [sentence]
