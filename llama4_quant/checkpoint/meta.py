@@ -19,8 +19,8 @@ from llama4_quant.checkpoint.buffers import byte_view
 from llama4_quant.checkpoint.header import DTYPE_NAMES, TensorEntry
 from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.meta_blocks import Block, Mosaic, mosaics_of, rows_and_columns, widths_of
-from llama4_quant.checkpoint.meta_params import PARAMS_NAME, Params
-from llama4_quant.checkpoint.paths import locate
+from llama4_quant.checkpoint.meta_params import Params
+from llama4_quant.checkpoint.paths import PARAMS_NAME, STAGING_NAME, locate
 from llama4_quant.checkpoint.pickles import StoredTensor, read_contents
 from llama4_quant.checkpoint.reader import CheckpointReader, open_file
 from llama4_quant.errors import CheckpointError

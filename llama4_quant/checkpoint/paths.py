@@ -16,6 +16,8 @@ STAGING_NAME = ".llama4-quant-partial"
 DOWNLOAD_NAME = "source"
 """Folder in the staging folder for shards that are deleted after use; publishing removes it."""
 CONFIG_NAME = "config.json"
+PARAMS_NAME = "params.json"
+"""Meta's config.json."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Sequence
 
 from llama4_quant.checkpoint.buffers import write_from
 from llama4_quant.checkpoint.files import os_errors
@@ -51,6 +52,12 @@ class ShardFiles:
         with self._lock:
             self._dirty.add(number)
 
+    def write_frames(self, frames: Sequence[Sequence[tuple[int, bytes]]]) -> None:
+        """Write what stands around the tensors: (start, bytes) for each shard; published ones have it already."""
+        for number, frame in enumerate(frames):
+            for start, data in frame if number in self._descriptors else ():
+                self.write(number, memoryview(data), start, "what stands around its tensors")
+
     def sync(self) -> None:
         """Bring to the disk all bytes whose `write` has returned."""
         with self._lock:
@@ -72,4 +79,3 @@ class ShardFiles:
 
     def _keep(self, number: int, descriptor: int) -> None:
         self._descriptors[number] = descriptor
-        self.write(number, memoryview(self._layout.shards[number].header), 0, "the header")
