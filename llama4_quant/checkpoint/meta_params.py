@@ -41,6 +41,11 @@ class Params:
         self.where = where
 
     @property
+    def values(self) -> Mapping[str, Any]:
+        """The parameters as they were read."""
+        return self._fields.values
+
+    @property
     def has_vision(self) -> bool:
         """Whether the model has a vision tower."""
         return self._vision is not None
