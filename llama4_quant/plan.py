@@ -49,8 +49,8 @@ _FBGEMM_NOTE = (
     "not load it"
 )
 _META_NOTE = (
-    "meta-fp8: for Meta's own loader (llama-models, quantization mode fp8_mixed) with {} model-parallel rank{}; it does "
-    "not run elsewhere, nor with another number of ranks"
+    "meta-fp8: for Meta's own loader (llama-models, quantization mode fp8_mixed) with {} model-parallel rank{}; it "
+    "does not run elsewhere, nor with another number of ranks"
 )
 _VLLM_FUSED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP)
 
@@ -274,21 +274,24 @@ class _Chooser:
     def choose(self, linear: LinearSpec) -> tuple[WeightScheme | None, str]:
         if self.scheme is None:
             return None, "no scheme"
-        if linear.role in ALWAYS_KEPT:
-            return None, ALWAYS_KEPT[linear.role]
-        if self.num_layers is not None:
-            kept = meta_fp8.kept_reason(linear.role, linear.layer, self.num_layers)
-            return (self.scheme.weights, self.scheme.label) if kept is None else (None, kept)
-        if linear.role not in self.roles:
-            return None, f"not asked for: --quantize {linear.role}"
-        if linear.name in self.ignored:
-            return None, f"--ignore {self.ignored[linear.name]}"
-        weights = self.scheme.weights
+        weights, kept = self.scheme.weights, self._kept(linear)
+        if kept is not None:
+            return None, kept
         is_qkv = linear.role is Role.ATTENTION and not linear.name.endswith(".o_proj")
         if is_qkv and weights.strategy is Strategy.BLOCK:
             return None, "vLLM permutes rows of q and k, which breaks blocks; v is fused with them"
         weights.check_divides(linear.name, linear.in_features)
         return weights, self.scheme.label
+
+    def _kept(self, linear: LinearSpec) -> str | None:
+        """Why a weight stays in BF16, if its role or its name says so."""
+        if linear.role in ALWAYS_KEPT:
+            return ALWAYS_KEPT[linear.role]
+        if self.num_layers is not None:
+            return meta_fp8.kept_reason(linear.role, linear.layer, self.num_layers)
+        if linear.role not in self.roles:
+            return f"not asked for: --quantize {linear.role}"
+        return f"--ignore {self.ignored[linear.name]}" if linear.name in self.ignored else None
 
 
 def _plan_tensor(spec: TensorSpec, chooser: _Chooser, dtype: str, storage: CheckpointFormat) -> TensorPlan:

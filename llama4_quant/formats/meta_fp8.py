@@ -1,6 +1,6 @@
 """Meta's own FP8 layout: the state dict of each model-parallel rank, and the scales of its FP8 weights beside it.
 
-    consolidated.NN.pth    all tensors of rank NN, named and split as in Meta's BF16 checkpoints (checkpoint/meta_names.py)
+    consolidated.NN.pth    all tensors of rank NN, named and split as in BF16 checkpoints (checkpoint/meta_names.py)
     fp8_scales_N.pt        float32 scales of rank N
     params.json            as in BF16 checkpoints
 
@@ -211,8 +211,8 @@ def _scale_shape(spread: Spread, shape: Sequence[int]) -> tuple[int, int]:
     part = (outputs // spread.num_ranks, inputs) if is_by_outputs else (outputs, inputs // spread.num_ranks)
     if any(size % ALIGNMENT for size in part):
         raise SchemeError(
-            f"{spread.key}: {part[0]} outputs and {part[1]} inputs in each of {spread.num_ranks} ranks, but FP8 kernels "
-            f"need multiples of {ALIGNMENT}; use a smaller --model-parallel, or another --format"
+            f"{spread.key}: {part[0]} outputs and {part[1]} inputs in each of {spread.num_ranks} ranks, but FP8 "
+            f"kernels need multiples of {ALIGNMENT}; use a smaller --model-parallel, or another --format"
         )
     return (num_experts, part[0])
 
