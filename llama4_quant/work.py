@@ -24,6 +24,8 @@ BASE_BYTES = 96 * 2**20
 """What a conversion holds besides its workers: modules that only it imports, threads, and slack of the allocator."""
 BYTES_PER_DECISION = 6 * 2**10
 """Plan, layout, journal, report and manifest, per weight; measured on the plan of Maverick."""
+BYTES_PER_RANK_PART = 2 * 2**10
+"""The same for each part of a weight in Meta's layout, codes and scales of each rank counted apart; also Maverick."""
 SCRATCH_BYTES_PER_ELEMENT = 44
 """Quantizing and measuring work on chunks of rows: five float32 and three float64 values per element at most."""
 WORKER_SLACK_BYTES = 24 * 2**20
@@ -132,7 +134,8 @@ def plan_memory(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: expected at least 1")
     limit = machine_memory() // 4 if max_memory is None else parse_size(max_memory)
-    base = BASE_BYTES + BYTES_PER_DECISION * len(plan.decisions)
+    num_rank_parts = sum(len(decision.outputs) for decision in plan.decisions if decision.spread is not None)
+    base = BASE_BYTES + BYTES_PER_DECISION * len(plan.decisions) + BYTES_PER_RANK_PART * num_rank_parts
     per_worker = max(_item_memory(plan.tensors[item.tensor], item) for item in items)
     wanted = min(len(items), workers or len(os.sched_getaffinity(0)))
     smallest = base + per_worker

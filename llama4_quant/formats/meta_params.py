@@ -18,26 +18,26 @@ _MULTIPLES = tuple(2**power for power in range(11, -1, -1))
 """Powers of two from 2048, the multiple of the published models, down to 1."""
 _NOT_IN_PARAMS = {"max_position_embeddings", "bos_token_id", "eos_token_ids", "pad_token_id"}
 """Fields of the decoder that Meta keeps in its tokenizer or does not say."""
-_DENSE_EXP = 4.0
+_EXPANSION = 4
+"""Widths start from this multiple of the hidden size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Factors:
-    """From these Meta's model computes the widths of its MLPs."""
+    """From these Meta's model computes the widths of its MLPs; it uses them for nothing else."""
 
     multiple_of: int
     ffn_dim_multiplier: float
-    ffn_exp: float
-    auto_scale: bool
+    capacity_factor: float
 
     def dense_width(self, dim: int) -> int:
         """Width of a dense layer."""
-        return _up(int(self.ffn_dim_multiplier * int(2 * int(_DENSE_EXP * dim) / 3)), self.multiple_of)
+        return _up(int(self.ffn_dim_multiplier * _base(dim)), self.multiple_of)
 
     def expert_width(self, dim: int) -> int:
         """Width of an expert."""
-        width = int(self.ffn_dim_multiplier * int(2 * int(self.ffn_exp * dim) / 3))
-        return _up(int(width / 2) if self.auto_scale else width, self.multiple_of)  # capacity_factor is 1
+        width = int(self.ffn_dim_multiplier * _base(dim))
+        return _up(int(width / (self.capacity_factor + 1)), self.multiple_of)
 
 
 def params_of(config: Llama4Config) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _text_params(text: TextConfig) -> dict[str, Any]:
         "vocab_size": text.vocab_size,
         "multiple_of": factors.multiple_of,
         "ffn_dim_multiplier": factors.ffn_dim_multiplier,
-        "ffn_exp": factors.ffn_exp,
+        "ffn_exp": float(_EXPANSION),
         "norm_eps": text.rms_norm_eps,
         "attention_chunk_size": text.attention_chunk_size,
         "rope_theta": text.rope_theta,
@@ -83,8 +83,8 @@ def _text_params(text: TextConfig) -> dict[str, Any]:
         "attn_scale": text.attn_scale,
         "moe_args": {
             "num_experts": text.num_local_experts,
-            "capacity_factor": 1.0,
-            "auto_scale_F": factors.auto_scale,
+            "capacity_factor": factors.capacity_factor,
+            "auto_scale_F": True,
             "top_k": text.num_experts_per_tok,
             "interleave_moe_layer_step": text.moe_layers[0] + 1 if text.moe_layers else text.num_hidden_layers + 1,
         },
@@ -106,42 +106,33 @@ def _vision_params(vision: VisionConfig) -> dict[str, Any]:
 
 def _factors(text: TextConfig) -> _Factors:
     """Factors that give the widths; of several, those that look most like Meta's."""
-    dense, expert = _dense_width(text), _expert_width(text)
-    for factors in _candidates(text.hidden_size, dense or 2 * expert, expert or dense):
-        is_dense = not dense or factors.dense_width(text.hidden_size) == dense
-        if is_dense and (not expert or factors.expert_width(text.hidden_size) == expert):
-            return factors
-    raise SchemeError(
-        f"config.json: intermediate_size {text.intermediate_size} and intermediate_size_mlp "
-        f"{text.intermediate_size_mlp} do not come out of any factors of Meta's params.json; use another --format"
+    dim = text.hidden_size
+    expert = text.intermediate_size if text.moe_layers else 0
+    dense = text.intermediate_size_mlp if len(text.moe_layers) < text.num_hidden_layers else 2 * expert
+    return next(
+        factors
+        for factors in _candidates(dim, dense, expert)
+        if factors.dense_width(dim) == dense and (not expert or factors.expert_width(dim) == expert)
     )
 
 
 def _candidates(dim: int, dense: int, expert: int) -> Iterator[_Factors]:
-    base = int(2 * int(_DENSE_EXP * dim) / 3)
+    """Round factors first; the last ones, in the middle of what is rounded to the widths, always fit."""
+    base = _base(dim)
     for multiple in (m for m in _MULTIPLES if math.gcd(dense, expert) % m == 0):
-        for wanted in (dense - 1, dense - multiple / 2, dense - multiple + 0.5, dense + 0.5):
-            for digits in (1, 2, 17):
-                multiplier = round(wanted / base, digits)
-                if multiplier <= 0:
-                    continue
-                middle = (expert - multiple / 2 if multiple > 1 else expert + 0.5) / multiplier
-                for exp, auto in ((4.0, True), (4.0, False), (1.5 * middle / dim, False)):
-                    yield _Factors(multiple_of=multiple, ffn_dim_multiplier=multiplier, ffn_exp=exp, auto_scale=auto)
+        below = multiple / 2 if multiple > 1 else -0.5
+        for multiplier in (round((dense - 1) / base, 1), round((dense - below) / base, 2), (dense - below) / base):
+            width = int(multiplier * base)
+            for capacity in (1.0, width / (expert - below) - 1):
+                yield _Factors(multiple_of=multiple, ffn_dim_multiplier=multiplier, capacity_factor=capacity)
+
+
+def _base(dim: int) -> int:
+    return int(2 * _EXPANSION * dim / 3)
 
 
 def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def _dense_width(text: TextConfig) -> int:
-    """0 if the model has no dense layer."""
-    return text.intermediate_size_mlp if len(text.moe_layers) < text.num_hidden_layers else 0
-
-
-def _expert_width(text: TextConfig) -> int:
-    """0 if the model has no MoE layer."""
-    return text.intermediate_size if text.moe_layers else 0
 
 
 def _check(config: Llama4Config, params: dict[str, Any]) -> None:

@@ -17,6 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairscale.nn.model_parallel.initialize import initialize_model_parallel
+from llama_models.checkpoint import maybe_reshard_state_dict
+from llama_models.datatypes import QuantizationMode
+from llama_models.llama4.args import ModelArgs
+from llama_models.llama4.datatypes import MaskedEmbedding, TransformerInput
+from llama_models.llama4.model import Transformer
+from llama_models.llama4.quantization.loader import convert_to_quantized_model
 from torch import Tensor
 
 to, tensor = Tensor.to, torch.tensor
@@ -68,12 +75,6 @@ def emulate() -> torch.library.Library:
 
 def build(folder: Path) -> torch.nn.Module:
     """As `Llama4.build` of llama-models does it, without a tokenizer."""
-    from llama_models.checkpoint import maybe_reshard_state_dict
-    from llama_models.datatypes import QuantizationMode
-    from llama_models.llama4.args import ModelArgs
-    from llama_models.llama4.model import Transformer
-    from llama_models.llama4.quantization.loader import convert_to_quantized_model
-
     args = ModelArgs(**json.loads((folder / "params.json").read_text()), max_seq_len=64, max_batch_size=2)
     state = maybe_reshard_state_dict(
         sorted(folder.glob("*.pth")), n_kv_heads=args.n_kv_heads, moe_num_experts=args.moe_args.num_experts
@@ -97,8 +98,6 @@ def parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def logits(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    from llama_models.llama4.datatypes import MaskedEmbedding, TransformerInput
-
     torch.set_default_dtype(torch.float32)
     for parameter in model.parameters():
         if type(parameter) is torch.nn.Parameter:
@@ -115,8 +114,6 @@ def logits(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 def main(folder: str, inputs: str, outputs: str, store: str, rank: str, num_ranks: str) -> None:
     torch.set_num_threads(1)
-    from fairscale.nn.model_parallel.initialize import initialize_model_parallel
-
     rendezvous = torch.distributed.FileStore(store, int(num_ranks))
     torch.distributed.init_process_group("gloo", store=rendezvous, rank=int(rank), world_size=int(num_ranks))
     initialize_model_parallel(int(num_ranks))
