@@ -199,14 +199,8 @@ def make_plan(
     )
     _check_experts_agree(plan)
     if scheme is not None and not any(decision.scheme for decision in plan.decisions):
-        raise SchemeError(
-            "nothing is left to quantize: "
-            + (
-                "Meta's loader wants FP8 only for routed experts, and not in the first and the last layer"
-                if ranks is not None
-                else "--ignore matches every weight that the scheme applies to"
-            )
-        )
+        why = "--ignore matches every weight that the scheme applies to" if ranks is None else meta_fp8.WHAT_IS_FP8
+        raise SchemeError(f"nothing is left to quantize: {why}")
     return plan
 
 

@@ -9,8 +9,10 @@ Four questions, each only as deep as the ones before allow:
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -65,22 +67,12 @@ def verify(output: str | Path, *, source: str | Path | None = None, progress: Pr
     num_weights = 0
     distances: list[WeightDistance] = []
     try:
-        if is_meta:
-            with MetaOutput.open(folder) as meta:
-                num_weights = len(meta.plan.decisions)
-                problems += meta.check_values()
-                if source is not None:
-                    distances, wrong = meta.compare(str(source), _promised(folder), progress)
-                    problems += wrong
-        else:
-            with CheckpointReader.open(folder) as reader:
-                weights = _stored(reader)
-                num_weights = len(weights)
-                for weight in weights:
-                    problems += _check_values(weight, reader)
-                if source is not None:
-                    distances, wrong = _compare(str(source), weights, reader, _promised(folder), progress)
-                    problems += wrong
+        with (MetaOutput if is_meta else _HuggingFaceOutput).open(folder) as found:
+            num_weights = found.num_weights
+            problems += found.check_values()
+            if source is not None:
+                distances, wrong = found.compare(str(source), _promised(folder), progress)
+                problems += wrong
     except Llama4QuantError as error:
         problems.append(Problem(where=str(folder), what=str(error)))
     return Verification(
@@ -92,6 +84,30 @@ def verify(output: str | Path, *, source: str | Path | None = None, progress: Pr
         problems=tuple(problems),
         distances=tuple(distances),
     )
+
+
+class _HuggingFaceOutput:
+    """An open output in Hugging Face layout; a context manager."""
+
+    def __init__(self, reader: CheckpointReader, weights: tuple[StoredWeight, ...]) -> None:
+        self._reader = reader
+        self._weights = weights
+        self.num_weights = len(weights)
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path) -> Iterator[Self]:
+        with CheckpointReader.open(folder) as reader:
+            yield cls(reader, _stored(reader))
+
+    def check_values(self) -> Iterator[Problem]:
+        for weight in self._weights:
+            yield from _check_values(weight, self._reader)
+
+    def compare(
+        self, source: str, promised: Mapping[str, float], progress: Progress | None
+    ) -> tuple[list[WeightDistance], list[Problem]]:
+        return _compare(source, self._weights, self._reader, promised, progress)
 
 
 def _stored(reader: CheckpointReader) -> tuple[StoredWeight, ...]:
@@ -178,7 +194,7 @@ def _compare(
     source: str,
     weights: tuple[StoredWeight, ...],
     output: CheckpointReader,
-    promised: dict[str, float],
+    promised: Mapping[str, float],
     progress: Progress | None,
 ) -> tuple[list[WeightDistance], list[Problem]]:
     by_name = {weight.name: weight for weight in weights}

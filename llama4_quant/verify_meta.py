@@ -7,9 +7,8 @@ the conversion found it, except that nothing is quantized again.
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -42,7 +41,7 @@ _SCHEME = preset("FP8_DYNAMIC")
 
 
 class MetaOutput:
-    """An open output; a context manager.
+    """An open output.
 
     Attributes:
         plan: what it is.
@@ -54,7 +53,8 @@ class MetaOutput:
         self._files = files
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    @contextmanager
+    def open(cls, folder: Path) -> Iterator[Self]:
         """Open the files of all ranks and check that they hold exactly the tensors of a model.
 
         Raises:
@@ -64,23 +64,21 @@ class MetaOutput:
         check_finished(folder)
         where = locate(folder, PARAMS_NAME)
         params = Params(read_json(where), str(where))
-        with ExitStack() as stack:
-            tensors, descriptors = _open_tensors(folder, stack)
+        with ExitStack() as files:
+            tensors, descriptors = _open_tensors(folder, files)
             num_ranks = sum(path.suffix == ".pth" for path in descriptors)
             config = Llama4Config.from_dict(params.config(_widths(tensors, num_ranks)))
             plan = make_plan(config, _SCHEME, None, CheckpointFormat.META_FP8, num_ranks)
             _check_tensors(plan, tensors)
-            files = stack.pop_all()
-        reader = CheckpointReader(path=folder, config={}, tensors=tensors, descriptors=descriptors, files=files)
-        return cls(plan, reader)
+            yield cls(
+                plan,
+                CheckpointReader(path=folder, config={}, tensors=tensors, descriptors=descriptors, files=files),
+            )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.close()
+    @property
+    def num_weights(self) -> int:
+        """Weights of the model."""
+        return len(self.plan.decisions)
 
     def check_values(self) -> Iterator[Problem]:
         """NaN and Inf are problems in codes, scales and unquantized values alike; so are scales below zero."""

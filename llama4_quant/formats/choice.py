@@ -5,6 +5,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from llama4_quant.errors import UsageError
+from llama4_quant.formats.meta_fp8 import WHAT_IS_FP8
 from llama4_quant.scheme import Scheme, SchemeName, Strategy, WeightType, preset
 
 
@@ -62,8 +63,5 @@ def choose_format(
     if settled.weights.type is not WeightType.FP8 or settled.weights.strategy is not Strategy.CHANNEL:
         raise UsageError(f"--format {chosen} has one scale per output channel: use FP8_DYNAMIC, not {settled.name}")
     if chosen is CheckpointFormat.META_FP8 and (settled.quantize or settled.ignore):
-        raise UsageError(
-            "--format meta-fp8: Meta's loader expects FP8 for the routed experts of all layers but the first and the "
-            "last, and for nothing else; drop --quantize and --ignore"
-        )
+        raise UsageError(f"--format meta-fp8: {WHAT_IS_FP8}; drop --quantize and --ignore")
     return chosen, settled

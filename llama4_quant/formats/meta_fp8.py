@@ -36,6 +36,7 @@ from llama4_quant.formats.compressed_tensors import EncodedRows
 
 DEFAULT_RANKS = (8, 4, 2, 1)
 """What a source without ranks is split for: the first that fits. Meta published Llama 4 for 8."""
+WHAT_IS_FP8 = "Meta's loader wants FP8 for routed experts, without the first and the last layer, and for nothing else"
 ALIGNMENT = 16
 """FBGEMM's FP8 kernels load 16 bytes at a time."""
 
