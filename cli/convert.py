@@ -31,7 +31,13 @@ from llama4_quant.report import REPORT_NAME, Report, WeightRecord
     show_default=True,
     help="How OUT is stored; bf16 does not quantize.",
 )
-@scheme_options(scheme_help=f"{SCHEMES}. [default: W4A16; for fbgemm-fp8 FP8_DYNAMIC]", default=None)
+@scheme_options(scheme_help=f"{SCHEMES}. [default: W4A16; for fbgemm-fp8 and meta-fp8 FP8_DYNAMIC]", default=None)
+@click.option(
+    "--model-parallel",
+    type=int,
+    metavar="N",
+    help="For meta-fp8: ranks, with a file each. [default: as in SRC, if in Meta's layout; else 8, 4, 2 or 1]",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file: 5GB, 512MiB, ...")
 @click.option(
     "--max-memory", metavar="SIZE", help="Hold at most so much: 2GiB, ... [default: a quarter of the machine]"
@@ -61,6 +67,7 @@ def convert_command(
     source: str,
     output: Path | None,
     storage: str,
+    model_parallel: int | None,
     max_shard_size: str,
     max_memory: str | None,
     workers: int | None,
@@ -98,6 +105,7 @@ def convert_command(
         format=storage,
         revision=revision,
         config_only=config_only,
+        model_parallel=model_parallel,
         max_memory=max_memory,
         workers=workers,
     )
@@ -114,6 +122,7 @@ def convert_command(
             output,
             scheme=scheme,
             format=storage,
+            model_parallel=model_parallel,
             max_shard_size=shard_size,
             max_memory=max_memory,
             workers=workers,

@@ -3,18 +3,18 @@
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
 
 import torch
 
 from llama4_quant.checkpoint.journal import WrittenRange
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.writer import CheckpointWriter
+from llama4_quant.formats.compressed_tensors import EncodedRows
 from llama4_quant.notes import WeightNote
 from llama4_quant.plan import Plan
 from llama4_quant.quantizers.backend import Backend
 from llama4_quant.report import WeightRecord, weight_record
-from llama4_quant.stream import Piece, Progress, encode_piece, finite_bf16, quantize_piece, read_item
+from llama4_quant.stream import Piece, Progress, encode_kept, encode_piece, quantize_piece, read_item, split_piece
 from llama4_quant.work import MemoryUse, WorkItem
 from llama4_quant.workers import Workers
 
@@ -75,19 +75,23 @@ class Conversion:
 
     def _do(self, item: WorkItem, buffer: torch.Tensor) -> None:
         ranges: list[WrittenRange] = []
-        notes: list[dict[str, Any]] = []
+        done: dict[str, WeightNote] = {}
         for piece in read_item(self._reader, self._plan.tensors[item.tensor], item, buffer):
-            if piece.decision.scheme is None:
-                name = piece.decision.outputs[0].name
-                ranges.append(self._writer.write(name, finite_bf16(piece), row_start=piece.row_start))
-            else:
-                notes.append(self._quantize(piece, ranges).to_json())
-        self._writer.record(item.id, ranges, notes)
+            for part in split_piece(piece):
+                if part.decision.scheme is None:
+                    ranges.append(self._write(encode_kept(part)))
+                    continue
+                quantized = self._quantize(part, ranges)
+                earlier = done.get(quantized.weight)
+                done[quantized.weight] = quantized if earlier is None else earlier.merge(quantized)
+        self._writer.record(item.id, ranges, [quantized.to_json() for quantized in done.values()])
 
     def _quantize(self, piece: Piece, ranges: list[WrittenRange]) -> WeightNote:
         started = time.perf_counter()
         quantized = quantize_piece(piece, self._backend)
         seconds = time.perf_counter() - started
-        written = encode_piece(piece, quantized)
-        ranges += [self._writer.write(rows.name, rows.values, rows.row_start) for rows in written]
+        ranges += [self._write(rows) for rows in encode_piece(piece, quantized)]
         return WeightNote(weight=piece.decision.name, error=quantized.error, seconds=seconds)
+
+    def _write(self, rows: EncodedRows) -> WrittenRange:
+        return self._writer.write(rows.name, rows.values, rows.row_start)

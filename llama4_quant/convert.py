@@ -19,18 +19,21 @@ from llama4_quant._version import __version__
 from llama4_quant.architecture import Role
 from llama4_quant.checkpoint.hub_reader import HubReader
 from llama4_quant.checkpoint.json_files import read_json
-from llama4_quant.checkpoint.layout import layout_shards, parse_size
-from llama4_quant.checkpoint.paths import CONFIG_NAME, DOWNLOAD_NAME, STAGING_NAME
+from llama4_quant.checkpoint.layout import Layout, layout_shards, parse_size
+from llama4_quant.checkpoint.meta import MetaReader
+from llama4_quant.checkpoint.paths import DOWNLOAD_NAME, STAGING_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.resume import Job, Resume, parse_resume
 from llama4_quant.checkpoint.source import open_headers, open_source, side_files
 from llama4_quant.checkpoint.staging import check_output
+from llama4_quant.checkpoint.state_dicts import layout_state_dicts
 from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.config import Llama4Config
 from llama4_quant.conversion import Conversion
 from llama4_quant.errors import OutputError, QuantizationError, UsageError
 from llama4_quant.formats import compressed_tensors, fbgemm_fp8
 from llama4_quant.formats.choice import CheckpointFormat, choose_format
+from llama4_quant.formats.meta_params import params_of
 from llama4_quant.plan import Plan, make_plan
 from llama4_quant.quantizers.backend import choose_backend
 from llama4_quant.ranks import Rank
@@ -49,6 +52,7 @@ def dry_run(
     format: str = CheckpointFormat.COMPRESSED_TENSORS,  # noqa: A002 - the flag's name
     revision: str | None = None,
     config_only: bool = False,
+    model_parallel: int | None = None,
     max_memory: int | str | None = None,
     workers: int | None = None,
 ) -> Report:
@@ -60,6 +64,7 @@ def dry_run(
         format: as for `convert`.
         revision: as for `convert`.
         config_only: plan from config.json alone, for a BF16 checkpoint that is not there.
+        model_parallel: as for `convert`.
         max_memory: as for `convert`.
         workers: as for `convert`.
 
@@ -70,11 +75,12 @@ def dry_run(
     if config_only:
         path = Path(source)
         config = Llama4Config.from_file(path / "config.json" if path.is_dir() else path)
-        plan = make_plan(config, chosen, format=storage)
+        plan = make_plan(config, chosen, format=storage, model_parallel=model_parallel)
+        output_config(plan)
         return make_report(plan, str(source), memory=plan_memory(plan, work_items(plan), max_memory, workers))
     with open_headers(str(source), revision) as reader:
-        config = Llama4Config.from_dict(reader.config)
-        plan = make_plan(config, chosen, reader.tensors, storage)
+        plan = _plan(reader, chosen, storage, model_parallel)
+        output_config(plan, reader)
         return make_report(plan, str(source), memory=plan_memory(plan, work_items(plan), max_memory, workers))
 
 
@@ -84,6 +90,7 @@ def convert(
     *,
     scheme: str | Scheme | None = None,
     format: str = CheckpointFormat.COMPRESSED_TENSORS,  # noqa: A002 - the flag's name
+    model_parallel: int | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     revision: str | None = None,
@@ -100,8 +107,12 @@ def convert(
         output: directory to make; it must not hold anything unless `overwrite`.
         scheme: "W4A16", "FP8_DYNAMIC" or "FP8_BLOCK", or a Scheme with settings (see `preset`). Default: what the
             format is for (W4A16, FP8_DYNAMIC, none).
-        format: "compressed-tensors"; "bf16" for another layout or other shards without quantization; or "fbgemm-fp8".
-        max_shard_size: bytes, or a string such as "5GB" or "512MiB"; a single larger tensor gets its own shard.
+        format: "compressed-tensors"; "bf16" for another layout or other shards without quantization; "fbgemm-fp8"; or
+            "meta-fp8".
+        model_parallel: for meta-fp8: the number of ranks, one file each. Default: as many as a source in Meta's layout
+            has; otherwise 8, or the largest of 4, 2 and 1 that can share the model.
+        max_shard_size: bytes, or a string such as "5GB" or "512MiB"; a single larger tensor gets its own shard. Files
+            of meta-fp8 are as large as a rank.
         overwrite: replace a checkpoint that is already in `output`.
         revision: branch, tag or commit of a Hub id.
         max_memory: bytes, or a size such as "2GiB", that the conversion may hold at a time, over what the interpreter
@@ -131,12 +142,12 @@ def convert(
     with open_source(
         str(source), revision, download_to=_downloads(out, rank, overwrite=overwrite) if delete_source_shards else None
     ) as reader:
-        config = Llama4Config.from_dict(reader.config)
-        plan = make_plan(config, chosen, reader.tensors, storage)
+        plan = _plan(reader, chosen, storage, model_parallel)
+        config = output_config(plan, reader)
         items = work_items(plan)
         memory = plan_memory(plan, items, max_memory, workers)
         shard_size = parse_size(max_shard_size)
-        layout = layout_shards(plan.outputs, shard_size)
+        layout = _layout(plan, shard_size)
         job = Job(
             fingerprint=_fingerprint(reader, plan, shard_size),
             resume=mode,
@@ -168,7 +179,7 @@ def convert(
                     weights=conversion.weight_records(items),
                     seconds=time.perf_counter() - started,
                 ),
-                config=output_config(plan),
+                config={layout.last_file: config},
                 copies={path.name: path for path in side_files(reader.path)},
             )
 
@@ -181,8 +192,30 @@ def _downloads(out: Path, rank: Rank, *, overwrite: bool) -> Path:
     return out / STAGING_NAME / DOWNLOAD_NAME
 
 
-def output_config(plan: Plan) -> dict[str, Any]:
-    """config.json of the output: the source's, in BF16, with an exact `quantization_config` if it is quantized."""
+def _plan(
+    reader: CheckpointReader, scheme: Scheme | None, storage: CheckpointFormat, model_parallel: int | None
+) -> Plan:
+    if storage is CheckpointFormat.META_FP8 and model_parallel is None and isinstance(reader, MetaReader):
+        model_parallel = reader.num_ranks
+    return make_plan(Llama4Config.from_dict(reader.config), scheme, reader.tensors, storage, model_parallel)
+
+
+def _layout(plan: Plan, max_shard_size: int) -> Layout:
+    if plan.format is CheckpointFormat.META_FP8:
+        return layout_state_dicts(plan.outputs)
+    return layout_shards(plan.outputs, max_shard_size)
+
+
+def output_config(plan: Plan, reader: CheckpointReader | None = None) -> dict[str, Any]:
+    """config.json of the output: the source's, in BF16, with an exact `quantization_config` if it is quantized.
+
+    In Meta's layout: params.json, which says nothing of quantization; that of a source in this layout as it is.
+
+    Raises:
+        SchemeError: Meta's params.json cannot express the model.
+    """
+    if plan.format is CheckpointFormat.META_FP8:
+        return dict(reader.params) if isinstance(reader, MetaReader) else params_of(plan.config)
     config = copy.deepcopy(dict(plan.config.raw))
     for section in (config, config.get("text_config"), config.get("vision_config")):
         if isinstance(section, dict):
@@ -201,7 +234,11 @@ def _fingerprint(reader: CheckpointReader, plan: Plan, max_shard_size: int) -> d
     return {
         "source": {**reader.facts, "copied": copied},
         "scheme": None if plan.scheme is None else dataclasses.asdict(plan.scheme),
-        "settings": {"format": plan.format, "max_shard_size": max_shard_size},
+        "settings": {
+            "format": plan.format,
+            "max_shard_size": max_shard_size,
+            **({} if plan.model_parallel is None else {"model_parallel": plan.model_parallel}),
+        },
         "version": {"llama4_quant": __version__},
     }
 
@@ -220,7 +257,7 @@ def _publish(
     *,
     num_items: int,
     report: Callable[[], Report],
-    config: dict[str, Any],
+    config: dict[str, dict[str, Any]],
     copies: dict[str, Path],
 ) -> Report:
     """Whichever process finds all items finished makes the output visible; the others wait for that."""
@@ -232,7 +269,7 @@ def _publish(
             num_missing = num_items - len(writer.records())
             if not num_missing:
                 made = report()
-                writer.finish({REPORT_NAME: made.to_json(), CONFIG_NAME: config}, copies)
+                writer.finish({REPORT_NAME: made.to_json(), **config}, copies)
                 return made
         if not others:
             raise OutputError(

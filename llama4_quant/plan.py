@@ -15,7 +15,7 @@ from llama4_quant.architecture import LinearSpec, Llama4Config, Role, TensorSpec
 from llama4_quant.checkpoint.layout import OutputTensor
 from llama4_quant.checkpoint.reader import TensorEntry
 from llama4_quant.errors import CheckpointError, SchemeError
-from llama4_quant.formats import bf16, compressed_tensors, fbgemm_fp8
+from llama4_quant.formats import bf16, compressed_tensors, fbgemm_fp8, meta_fp8
 from llama4_quant.formats.choice import CheckpointFormat
 from llama4_quant.scheme import Scheme, Strategy, WeightScheme
 
@@ -48,6 +48,10 @@ _FBGEMM_NOTE = (
     "fbgemm-fp8: for transformers with fbgemm-gpu, on GPUs of compute capability 9.0 and up; vLLM and llama4-quant do "
     "not load it"
 )
+_META_NOTE = (
+    "meta-fp8: for Meta's own loader (llama-models, quantization mode fp8_mixed) with {} model-parallel rank{}; it "
+    "does not run elsewhere, nor with another number of ranks"
+)
 _VLLM_FUSED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP)
 
 
@@ -62,7 +66,9 @@ class Decision:
         reason: why, in a few words.
         linear: where it comes from, for linear weights.
         outputs: the tensors it becomes.
+        shared_by: how many weights share these tensors evenly.
         fused: it is an expert of fused tensors, and becomes row `linear.expert` of dimension 0 of each output.
+        spread: in Meta's layout, what goes to which rank.
     """
 
     name: str
@@ -74,7 +80,9 @@ class Decision:
     linear: LinearSpec | None
     outputs: tuple[OutputTensor, ...]
     bytes_in: int
+    shared_by: int = 1
     fused: bool = False
+    spread: meta_fp8.Spread | None = None
 
     @property
     def num_weights(self) -> int:
@@ -89,7 +97,7 @@ class Decision:
     @property
     def bytes_out(self) -> int:
         """Bytes in the output."""
-        return sum(output.row_nbytes if self.fused else output.nbytes for output in self.outputs)
+        return sum(output.nbytes for output in self.outputs) // self.shared_by
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +115,7 @@ class Plan:
 
     Attributes:
         notes: what a user should know about where the result can be loaded.
+        model_parallel: in Meta's layout, the number of ranks.
     """
 
     config: Llama4Config
@@ -114,6 +123,7 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...]
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS
+    model_parallel: int | None = None
 
     @property
     def label(self) -> str:
@@ -146,6 +156,7 @@ def make_plan(
     scheme: Scheme | None,
     entries: Mapping[str, TensorEntry] | None = None,
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,  # noqa: A002 - the flag's name
+    model_parallel: int | None = None,
 ) -> Plan:
     """Decide about every weight.
 
@@ -155,28 +166,56 @@ def make_plan(
         entries: the source's tensors by name; they must be exactly the model's. None plans for a BF16 source that
             nobody has looked at.
         format: how the output is stored; see `choose_format` for the schemes that go with it.
+        model_parallel: for Meta's layout: the number of ranks; default: 8, or the largest of 4, 2, 1 that fits.
 
     Raises:
-        SchemeError: a role that the model lacks, a pattern that matches nothing, a weight that does not fit the scheme.
+        SchemeError: a role that the model lacks, a pattern that matches nothing, a weight that does not fit the scheme
+            or the ranks.
         CheckpointError: the source is quantized already, or its tensors are not the model's.
     """
     check_not_quantized(config)
     specs = tensor_specs(config)
     if entries is not None:
         check_entries(specs, entries)
+    ranks = _ranks(config, specs, format, model_parallel)
     chooser = _Chooser(
         scheme=scheme,
         roles=_roles(scheme.quantize if scheme else (), specs),
         ignored=_match_ignore(scheme.ignore if scheme else (), linear_specs(config)),
+        num_layers=config.text.num_hidden_layers if format is CheckpointFormat.META_FP8 else None,
     )
-    tensors = tuple(
-        _plan_tensor(spec, chooser, entries[spec.name].dtype if entries else "BF16", format) for spec in specs
+    dtypes = {spec.name: entries[spec.name].dtype if entries else "BF16" for spec in specs}
+    if ranks is None:
+        tensors = tuple(_plan_tensor(spec, chooser, dtypes[spec.name], format) for spec in specs)
+    else:
+        tensors = tuple(_plan_spread(spec, chooser, dtypes[spec.name], ranks) for spec in specs)
+    plan = Plan(
+        config=config,
+        scheme=scheme,
+        tensors=tensors,
+        notes=_notes(tensors, format, ranks),
+        format=format,
+        model_parallel=ranks,
     )
-    plan = Plan(config=config, scheme=scheme, tensors=tensors, notes=_notes(tensors, format), format=format)
     _check_experts_agree(plan)
     if scheme is not None and not any(decision.scheme for decision in plan.decisions):
-        raise SchemeError("nothing is left to quantize: --ignore matches every weight that the scheme applies to")
+        why = "--ignore matches every weight that the scheme applies to" if ranks is None else meta_fp8.WHAT_IS_FP8
+        raise SchemeError(f"nothing is left to quantize: {why}")
     return plan
+
+
+def _ranks(
+    config: Llama4Config, specs: Sequence[TensorSpec], storage: CheckpointFormat, asked: int | None
+) -> int | None:
+    """Model-parallel ranks of Meta's layout; None for any other format."""
+    if storage is not CheckpointFormat.META_FP8:
+        if asked is not None:
+            raise SchemeError(f"--model-parallel is for --format meta-fp8; {storage} has no ranks")
+        return None
+    if asked is None:
+        return meta_fp8.default_ranks(config, specs)
+    meta_fp8.check_ranks(config, specs, asked)
+    return asked
 
 
 def check_not_quantized(config: Llama4Config) -> None:
@@ -214,27 +253,39 @@ def check_entries(specs: Sequence[TensorSpec], entries: Mapping[str, TensorEntry
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Chooser:
-    """Chooses a linear weight's scheme; `ignored` maps linear names to the pattern that caught them."""
+    """Chooses a linear weight's scheme.
+
+    Attributes:
+        ignored: from names of linear weights to the pattern that caught them.
+        num_layers: layers of the decoder, if Meta's loader decides what is quantized.
+    """
 
     scheme: Scheme | None
     roles: frozenset[Role]
     ignored: Mapping[str, str]
+    num_layers: int | None = None
 
     def choose(self, linear: LinearSpec) -> tuple[WeightScheme | None, str]:
         if self.scheme is None:
             return None, "no scheme"
-        if linear.role in ALWAYS_KEPT:
-            return None, ALWAYS_KEPT[linear.role]
-        if linear.role not in self.roles:
-            return None, f"not asked for: --quantize {linear.role}"
-        if linear.name in self.ignored:
-            return None, f"--ignore {self.ignored[linear.name]}"
-        weights = self.scheme.weights
+        weights, kept = self.scheme.weights, self._kept(linear)
+        if kept is not None:
+            return None, kept
         is_qkv = linear.role is Role.ATTENTION and not linear.name.endswith(".o_proj")
         if is_qkv and weights.strategy is Strategy.BLOCK:
             return None, "vLLM permutes rows of q and k, which breaks blocks; v is fused with them"
         weights.check_divides(linear.name, linear.in_features)
         return weights, self.scheme.label
+
+    def _kept(self, linear: LinearSpec) -> str | None:
+        """Why a weight stays in BF16, if its role or its name says so."""
+        if linear.role in ALWAYS_KEPT:
+            return ALWAYS_KEPT[linear.role]
+        if self.num_layers is not None:
+            return meta_fp8.kept_reason(linear.role, linear.layer, self.num_layers)
+        if linear.role not in self.roles:
+            return f"not asked for: --quantize {linear.role}"
+        return f"--ignore {self.ignored[linear.name]}" if linear.name in self.ignored else None
 
 
 def _plan_tensor(spec: TensorSpec, chooser: _Chooser, dtype: str, storage: CheckpointFormat) -> TensorPlan:
@@ -282,8 +333,40 @@ def _plan_fused(spec: TensorSpec, chooser: _Chooser, element: int) -> Iterator[D
             linear=whole,
             outputs=outputs,
             bytes_in=whole.num_weights * element,
+            shared_by=num_experts,
             fused=True,
         )
+
+
+def _plan_spread(spec: TensorSpec, chooser: _Chooser, dtype: str, num_ranks: int) -> TensorPlan:
+    """One decision per linear weight (gate and up of an expert are two), spread over the ranks of Meta's layout."""
+    spreads = meta_fp8.spreads(spec.name, num_ranks)
+    num_experts = spec.shape[0] if len(spec.shape) == 3 else 1
+    # The experts of a layer share their tensors, and their decisions the one list of them.
+    outputs: dict[tuple[meta_fp8.Spread, bool], tuple[OutputTensor, ...]] = {}
+    decisions = []
+    for number, linear in enumerate(spec.linears or (None,)):
+        spread = spreads[number % len(spreads)]
+        weights, reason = (None, ALWAYS_KEPT[spec.role]) if linear is None else chooser.choose(linear)
+        shape = spec.shape if linear is None else (linear.out_features, linear.in_features)
+        if (spread, weights is not None) not in outputs:
+            whole = (num_experts, *shape) if len(spec.shape) == 3 else shape
+            outputs[spread, weights is not None] = meta_fp8.output_tensors(spread, whole, is_fp8=weights is not None)
+        decision = Decision(
+            name=spec.name if linear is None else linear.name,
+            role=spec.role if linear is None else linear.role,
+            layer=spec.layer,
+            shape=shape,
+            scheme=weights,
+            reason=reason,
+            linear=linear,
+            outputs=outputs[spread, weights is not None],
+            bytes_in=math.prod(shape) * SOURCE_DTYPES[dtype],
+            shared_by=num_experts,
+            spread=spread,
+        )
+        decisions.append(decision)
+    return TensorPlan(spec=spec, dtype=dtype, decisions=tuple(decisions))
 
 
 def _plan_linear(linear: LinearSpec, chooser: _Chooser, element: int, storage: CheckpointFormat) -> Decision:
@@ -357,7 +440,9 @@ def _check_experts_agree(plan: Plan) -> None:
             )
 
 
-def _notes(tensors: Sequence[TensorPlan], storage: CheckpointFormat) -> tuple[str, ...]:
+def _notes(tensors: Sequence[TensorPlan], storage: CheckpointFormat, ranks: int | None) -> tuple[str, ...]:
+    if ranks is not None:
+        return (_META_NOTE.format(ranks, "" if ranks == 1 else "s"),)
     if storage is CheckpointFormat.FBGEMM_FP8:
         return (_FBGEMM_NOTE,)
     quantized = {d.role for t in tensors for d in t.decisions if d.scheme is not None}

@@ -6,12 +6,13 @@ model: Maverick's 21.5 GB `gate_up_proj` passes through as 128 slices of 168 MB.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.errors import QuantizationError
+from llama4_quant.formats import meta_fp8
 from llama4_quant.formats.compressed_tensors import EncodedRows, encode_packed
 from llama4_quant.formats.fbgemm_fp8 import encode_expert
 from llama4_quant.plan import Decision, TensorPlan
@@ -32,12 +33,14 @@ class Piece:
         values: [rows, in] for linear weights (a view that may be strided: transposed experts), [rows, ...] otherwise.
             Of fused experts that stay as they are: [1, in, out], a row being an expert.
         num_bytes: source bytes that this piece accounts for.
+        rank: in Meta's layout, whose part of a weight this is, once it is split.
     """
 
     decision: Decision
     values: torch.Tensor
     row_start: int
     num_bytes: int
+    rank: int | None = None
 
 
 def read_pieces(reader: CheckpointReader, tensor: TensorPlan, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Piece]:
@@ -76,6 +79,43 @@ def read_item(
         yield _piece(decision, columns.T, 0)
 
 
+def split_piece(piece: Piece) -> Iterator[Piece]:
+    """The pieces that are stored apart: in Meta's layout what each rank has, otherwise the piece itself.
+
+    Of a weight that is kept, they are as they are stored: experts [in, out], and `row_start` counts rows of the tensor
+    of the rank.
+    """
+    spread, linear = piece.decision.spread, piece.decision.linear
+    if spread is None:
+        yield piece
+        return
+    for rank in range(spread.num_ranks):
+        if linear is not None and linear.expert is not None:
+            values = meta_fp8.rank_matrix(spread, rank, piece.values)
+            if piece.decision.scheme is not None:
+                yield replace(piece, values=values, rank=rank)
+            else:
+                yield replace(piece, values=values.T, row_start=linear.expert * values.shape[1], rank=rank)
+            continue
+        part = meta_fp8.rank_rows(spread, rank, piece.values, piece.row_start, piece.decision.shape[0])
+        if part is not None:
+            yield replace(piece, values=part[0], row_start=part[1], rank=rank)
+
+
+def encode_kept(piece: Piece) -> EncodedRows:
+    """What one of the pieces of `split_piece` that is not quantized contributes to its stored tensor.
+
+    Raises:
+        QuantizationError: as of `finite_bf16`.
+    """
+    decision = piece.decision
+    name = decision.outputs[0].name
+    if decision.spread is not None:
+        assert piece.rank is not None
+        name = decision.spread.weights(piece.rank)
+    return EncodedRows(name=name, values=finite_bf16(piece), row_start=piece.row_start)
+
+
 def quantize_piece(piece: Piece, backend: Backend, out: torch.Tensor | None = None) -> PackedWeight:
     """Quantize a piece as its plan says.
 
@@ -95,8 +135,13 @@ def quantize_piece(piece: Piece, backend: Backend, out: torch.Tensor | None = No
 
 
 def encode_piece(piece: Piece, quantized: PackedWeight) -> tuple[EncodedRows, ...]:
-    """What a quantized piece contributes to the stored tensors of its weight."""
-    linear = piece.decision.linear
+    """What a quantized piece (of `split_piece`) contributes to the stored tensors of its weight."""
+    linear, spread = piece.decision.linear, piece.decision.spread
+    if spread is not None:
+        assert linear is not None
+        assert linear.expert is not None
+        assert piece.rank is not None
+        return meta_fp8.encode_expert(spread, piece.rank, linear.expert, quantized.codes, quantized.scale)
     if piece.decision.fused:
         assert linear is not None
         assert linear.expert is not None

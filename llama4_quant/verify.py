@@ -9,11 +9,10 @@ Four questions, each only as deep as the ones before allow:
 """
 
 import hashlib
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import torch
 
@@ -32,50 +31,19 @@ from llama4_quant.quantizers.quantize import QuantizedWeight
 from llama4_quant.report import REPORT_NAME
 from llama4_quant.stored import StoredWeight, quantized_weights
 from llama4_quant.stream import Piece, Progress, read_pieces
+from llama4_quant.verification import (
+    Problem,
+    Verification,
+    WeightDistance,
+    broken_promise,
+    distance,
+    is_finite,
+)
+from llama4_quant.verify_meta import MetaOutput
+
+__all__ = ["Problem", "Verification", "WeightDistance", "verify"]
 
 READ_BYTES = 16 * 2**20
-RELATIVE_TOLERANCE = 2**-19
-"""Error sums of the compiled quantizers are float32 products: within 2^-19 of the float64 ones here (backend.py)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """Something that is wrong, and where: a file or a weight."""
-
-    where: str
-    what: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WeightDistance:
-    """How far a quantized weight is from the source; `relative_error` is |w - dequantized| / |w|."""
-
-    name: str
-    stored_as: str
-    relative_error: float
-    sqnr_db: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verification:
-    """The result: no problems means that the checkpoint is whole."""
-
-    output: str
-    source: str | None
-    num_files: int
-    num_bytes: int
-    num_weights: int
-    problems: tuple[Problem, ...]
-    distances: tuple[WeightDistance, ...]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `json.dump`."""
-        return {**asdict(self), "is_whole": self.is_whole}
 
 
 def verify(output: str | Path, *, source: str | Path | None = None, progress: Progress | None = None) -> Verification:
@@ -95,15 +63,15 @@ def verify(output: str | Path, *, source: str | Path | None = None, progress: Pr
     folder = Path(output)
     files = read_manifest(folder)
     problems = [*_check_files(folder, files, progress)]
-    weights: tuple[StoredWeight, ...] = ()
+    is_meta = any(file.name.endswith(".pth") for file in files)
+    num_weights = 0
     distances: list[WeightDistance] = []
     try:
-        with CheckpointReader.open(folder) as reader:
-            weights = _stored(reader)
-            for weight in weights:
-                problems += _check_values(weight, reader)
+        with (MetaOutput if is_meta else _HuggingFaceOutput).open(folder) as found:
+            num_weights = found.num_weights
+            problems += found.check_values()
             if source is not None:
-                distances, wrong = _compare(str(source), weights, reader, _promised(folder), progress)
+                distances, wrong = found.compare(str(source), _promised(folder), progress)
                 problems += wrong
     except Llama4QuantError as error:
         problems.append(Problem(where=str(folder), what=str(error)))
@@ -112,10 +80,34 @@ def verify(output: str | Path, *, source: str | Path | None = None, progress: Pr
         source=None if source is None else str(source),
         num_files=len(files),
         num_bytes=sum(file.size for file in files),
-        num_weights=len(weights),
+        num_weights=num_weights,
         problems=tuple(problems),
         distances=tuple(distances),
     )
+
+
+class _HuggingFaceOutput:
+    """An open output in Hugging Face layout; a context manager."""
+
+    def __init__(self, reader: CheckpointReader, weights: tuple[StoredWeight, ...]) -> None:
+        self._reader = reader
+        self._weights = weights
+        self.num_weights = len(weights)
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path) -> Iterator[Self]:
+        with CheckpointReader.open(folder) as reader:
+            yield cls(reader, _stored(reader))
+
+    def check_values(self) -> Iterator[Problem]:
+        for weight in self._weights:
+            yield from _check_values(weight, self._reader)
+
+    def compare(
+        self, source: str, promised: Mapping[str, float], progress: Progress | None
+    ) -> tuple[list[WeightDistance], list[Problem]]:
+        return _compare(source, self._weights, self._reader, promised, progress)
 
 
 def _stored(reader: CheckpointReader) -> tuple[StoredWeight, ...]:
@@ -185,14 +177,8 @@ def _check_values(weight: StoredWeight, reader: CheckpointReader) -> Iterator[Pr
         if decoded.shape != weight.shape:
             yield Problem(where=weight.name, what=f"decodes to shape {list(decoded.shape)}, not {list(weight.shape)}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             yield Problem(where=name, what="holds NaN or Inf")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.dtype is torch.float8_e4m3fn:  # no Inf; NaN is 0x7f and 0xff
-        return not bool(torch.eq(tensor.view(torch.uint8).bitwise_and(0x7F), 0x7F).any())
-    return bool(torch.isfinite(tensor).all())
 
 
 def _promised(folder: Path) -> dict[str, float]:
@@ -208,7 +194,7 @@ def _compare(
     source: str,
     weights: tuple[StoredWeight, ...],
     output: CheckpointReader,
-    promised: dict[str, float],
+    promised: Mapping[str, float],
     progress: Progress | None,
 ) -> tuple[list[WeightDistance], list[Problem]]:
     by_name = {weight.name: weight for weight in weights}
@@ -231,10 +217,10 @@ def _compare(
                 if progress is not None:
                     progress(weight.name, piece.num_bytes)
             for name, error in sums.items():
-                distances.append(_distance(by_name[name], error))
-                if not math.isclose(error.relative_error, promised.get(name, -1.0), rel_tol=RELATIVE_TOLERANCE):
-                    found = f"relative error {error.relative_error:.6g}"
-                    problems.append(Problem(where=name, what=f"{found}, but the report says {promised.get(name)}"))
+                scheme = by_name[name].scheme
+                assert scheme is not None
+                distances.append(distance(name, scheme, error))
+    problems += [problem for found in distances if (problem := broken_promise(found, promised))]
     return distances, problems
 
 
@@ -264,13 +250,3 @@ def _stored_rows(weight: StoredWeight, piece: Piece, output: CheckpointReader) -
 def _equals_source(weight: StoredWeight, piece: Piece, output: CheckpointReader) -> bool:
     stored = output.read_rows(weight.tensors[0], piece.row_start, piece.row_start + len(piece.values))
     return torch.equal(stored.view(torch.int16), piece.values.to(torch.bfloat16).contiguous().view(torch.int16))
-
-
-def _distance(weight: StoredWeight, error: WeightError) -> WeightDistance:
-    assert weight.scheme is not None
-    return WeightDistance(
-        name=weight.name,
-        stored_as=weight.scheme.label,
-        relative_error=error.relative_error,
-        sqnr_db=error.sqnr_db if error.squared_error else None,
-    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama4_quant.checkpoint.layout import parse_size
+from llama4_quant.checkpoint.meta_names import Split
 from llama4_quant.errors import UsageError
 from llama4_quant.plan import SOURCE_DTYPES, Decision, Plan, TensorPlan
 from llama4_quant.quantizers.lanes import CHUNK_ELEMENTS, rows_per_scale
@@ -23,6 +24,8 @@ BASE_BYTES = 96 * 2**20
 """What a conversion holds besides its workers: modules that only it imports, threads, and slack of the allocator."""
 BYTES_PER_DECISION = 6 * 2**10
 """Plan, layout, journal, report and manifest, per weight; measured on the plan of Maverick."""
+BYTES_PER_RANK_PART = 2 * 2**10
+"""The same for each part of a weight in Meta's layout, codes and scales of each rank counted apart; also Maverick."""
 SCRATCH_BYTES_PER_ELEMENT = 44
 """Quantizing and measuring work on chunks of rows: five float32 and three float64 values per element at most."""
 WORKER_SLACK_BYTES = 24 * 2**20
@@ -89,6 +92,9 @@ def tensor_items(
         row_bytes = element * max(1, tensor.spec.num_weights // shape[0])
         # A multiple of 128 rows, so that chunks never cut an FP8 block.
         step = max(1, chunk_bytes // (row_bytes * FP8_BLOCK_SIZE)) * FP8_BLOCK_SIZE
+        spread = tensor.decisions[0].spread
+        if spread is not None and spread.split is Split.TRANSPOSED:
+            step = shape[0]  # a router: rows become columns, which do not lie together
         cuts = [(None, start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
     return tuple(
         WorkItem(
@@ -128,7 +134,8 @@ def plan_memory(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: expected at least 1")
     limit = machine_memory() // 4 if max_memory is None else parse_size(max_memory)
-    base = BASE_BYTES + BYTES_PER_DECISION * len(plan.decisions)
+    num_rank_parts = sum(len(decision.outputs) for decision in plan.decisions if decision.spread is not None)
+    base = BASE_BYTES + BYTES_PER_DECISION * len(plan.decisions) + BYTES_PER_RANK_PART * num_rank_parts
     per_worker = max(_item_memory(plan.tensors[item.tensor], item) for item in items)
     wanted = min(len(items), workers or len(os.sched_getaffinity(0)))
     smallest = base + per_worker
@@ -168,10 +175,11 @@ def _item_memory(tensor: TensorPlan, item: WorkItem) -> int:
 
 def _result_memory(tensor: TensorPlan, decision: Decision, elements: int) -> int:
     if decision.scheme is None:
-        is_view = tensor.dtype == "BF16" and len(tensor.spec.shape) != 3
+        is_view = tensor.dtype == "BF16" and len(tensor.spec.shape) != 3 and decision.spread is None
         return (0 if is_view else 2 * elements) + SCRATCH_BYTES_PER_ELEMENT * min(elements, CHUNK_ELEMENTS)
     in_features = decision.shape[1]
-    transposed = elements if decision.fused else 0  # codes of a byte each, as they are stored
+    is_transposed = decision.fused or decision.spread is not None
+    transposed = elements if is_transposed else 0  # codes of a byte each, as they are stored
     encoded = _encoded_memory(decision.scheme, elements, in_features)
     return encoded + transposed + _scratch_memory(decision.scheme, in_features)
 

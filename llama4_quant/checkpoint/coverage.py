@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping
 
+from llama4_quant.checkpoint.crc import combine
 from llama4_quant.checkpoint.journal import WrittenRange
 from llama4_quant.errors import OutputError
 
@@ -40,6 +41,11 @@ class Coverage:
         """The ranges of one tensor, in order."""
         with self._lock:
             yield from [part for _, part in sorted(self._ranges[name].items())]
+
+    def crc32(self, name: str) -> int:
+        """CRC-32 of a tensor that is complete, from those of its ranges; each must have one."""
+        checks = [(part.crc32, part.stop - part.start) for part in self.ranges(name)]
+        return combine((crc, nbytes) for crc, nbytes in checks if crc is not None)
 
     def _written(self, name: str) -> int:
         written = end = 0

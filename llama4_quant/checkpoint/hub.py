@@ -20,7 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from llama4_quant.checkpoint.hub_errors import hub_errors, with_retries
 from llama4_quant.checkpoint.hub_transfer import read_part, silent_bar
 from llama4_quant.checkpoint.json_files import read_json, shown
-from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME, is_plain_name
+from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, PARAMS_NAME, SINGLE_FILE_NAME, is_plain_name
 from llama4_quant.errors import CheckpointError
 
 SIDE_PATTERNS = (
@@ -41,7 +41,6 @@ SIDE_PATTERNS = (
 
 _SMALL_PATTERNS = ["*.json", *SIDE_PATTERNS]
 _NEVER = ["*/*", "*.py", "*.safetensors", "*.pth", "*.pt", "*.bin", "*.gguf"]
-_META_CONFIG_NAME = "params.json"
 _META_PATTERN = "consolidated.*.pth"
 
 
@@ -217,6 +216,6 @@ def _remote(file: RepoFile) -> RemoteFile:
 def _weight_patterns(folder: Path) -> list[str]:
     if (folder / INDEX_NAME).exists():
         return [escape(name) for name in sorted(shards_in_index(folder))]
-    if (folder / _META_CONFIG_NAME).exists() and not (folder / CONFIG_NAME).exists():
+    if (folder / PARAMS_NAME).exists() and not (folder / CONFIG_NAME).exists():
         return [_META_PATTERN]
     return [SINGLE_FILE_NAME]

@@ -6,7 +6,7 @@ items in hand, since the kernel still holds what it wrote; after a crash of the 
 synced, only items before the last such line count. The two cases are told apart by the kernel's boot id:
 
     <check> {"session": <digest of the fingerprint>, "boot": <boot id>}
-    <check> {"item": 17, "ranges": [[tensor, start, stop, sha256], ...], "notes": ...}
+    <check> {"item": 17, "ranges": [[tensor, start, stop, sha256, crc32], ...], "notes": ...}
     <check> {"synced": 1}                       the first record of this session is on the disk
 
 `check` is the beginning of the SHA-256 of the rest. Reading stops at the first line that is torn or damaged.
@@ -33,12 +33,17 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenRange:
-    """Bytes `start` to `stop` of an output tensor, and their SHA-256 (hexadecimal)."""
+    """Bytes `start` to `stop` of an output tensor, and their SHA-256 (hexadecimal).
+
+    Attributes:
+        crc32: their CRC-32, if the file needs one (archives do).
+    """
 
     name: str
     start: int
     stop: int
     sha256: str
+    crc32: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +92,7 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Note that an item is finished; its bytes must have been written, but need not be synced."""
-        ranges = [[part.name, part.start, part.stop, part.sha256] for part in record.ranges]
+        ranges = [[part.name, part.start, part.stop, part.sha256, part.crc32] for part in record.ranges]
         with self._lock:
             self._append({"item": record.item, "ranges": ranges, "notes": record.notes})
             self._num_records += 1
@@ -178,6 +183,8 @@ def _lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
         yield json.loads(text), position
 
 
-def _record(item: int, ranges: Iterable[tuple[str, int, int, str]], notes: object) -> Record:
-    parts = tuple(WrittenRange(name=name, start=start, stop=stop, sha256=sha) for name, start, stop, sha in ranges)
+def _record(item: int, ranges: Iterable[tuple[str, int, int, str, int | None]], notes: object) -> Record:
+    parts = tuple(
+        WrittenRange(name=name, start=start, stop=stop, sha256=sha, crc32=crc) for name, start, stop, sha, crc in ranges
+    )
     return Record(item=item, ranges=parts, notes=notes)

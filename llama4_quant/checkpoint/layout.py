@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from llama4_quant.checkpoint.archive import Archive
 from llama4_quant.checkpoint.header import DATA_ALIGNMENT, DTYPE_NAMES, METADATA_KEY, encode_header
+from llama4_quant.checkpoint.paths import CONFIG_NAME
 from llama4_quant.errors import OutputError, UsageError
 
-SHARD_NAME = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
-"""Names of weight files that this module, or transformers, gives."""
+SHARD_NAME = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|consolidated\.\d\d+\.pth|fp8_scales_\d+\.pt")
+"""Names of weight files that this package, transformers or Meta gives."""
 
 _MAX_SHARD_HEADER = 10_000_000
 """Far below what readers refuse; reached by some 80 thousand tensors in one shard."""
@@ -60,11 +62,26 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardLayout:
-    """One output file: its name, its first bytes (length and header), and its size in bytes, header included."""
+    """One output file: tensors at fixed places, and around them bytes that say what they are (the frame).
+
+    Attributes:
+        nbytes: size of the file.
+        header: the frame of a safetensors file: length and header.
+        archive: the frame of a torch.save file, which depends on checksums of the tensors.
+    """
 
     filename: str
-    header: bytes
     nbytes: int
+    header: bytes = b""
+    archive: Archive | None = None
+
+    def frame(self, crc32s: Mapping[str, int]) -> tuple[tuple[int, bytes], ...]:
+        """Everything but the tensors: (start, bytes), in order, the first at 0.
+
+        Args:
+            crc32s: CRC-32 of every tensor in an archive, by its name; a safetensors file needs none.
+        """
+        return ((0, self.header),) if self.archive is None else self.archive.frame(crc32s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +92,15 @@ class Layout:
         placements: by tensor name, in the order of files and bytes.
         shards: the files.
         total_size: bytes of all tensors, headers not counted (what the index calls total_size).
+        last_file: the file without which loaders see no checkpoint; it is written last.
+        has_index: whether an index says which tensor is in which file.
     """
 
     placements: Mapping[str, Placement]
     shards: tuple[ShardLayout, ...]
     total_size: int
+    last_file: str = CONFIG_NAME
+    has_index: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +117,7 @@ def layout_shards(tensors: Iterable[OutputTensor], max_shard_size: int) -> Layou
     """
     if max_shard_size <= 0:
         raise UsageError(f"max_shard_size must be positive, found {max_shard_size}; the usual value is 5GB")
-    groups = _deal(_checked(tensors), max_shard_size)
+    groups = _deal(check_outputs(tensors), max_shard_size)
     placements: dict[str, Placement] = {}
     shards = []
     for number, group in enumerate(groups):
@@ -132,7 +153,12 @@ def parse_size(text: str | int) -> int:
     return size
 
 
-def _checked(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
+def check_outputs(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
+    """The tensors, once names and dtypes are known to be good.
+
+    Raises:
+        OutputError: no tensors, the same name twice, or a dtype that cannot be stored.
+    """
     checked: dict[str, OutputTensor] = {}
     for tensor in tensors:
         if tensor.name in checked:

@@ -4,14 +4,15 @@
      "shards": {name: {"size": 123, "header": [0, 88, sha256], "ranges": [[88, 120, sha256], [120, 123, sha256]]}},
      "files": {name: {"size": 123, "sha256": sha256}}}
 
-The header (length included) and the ranges tile the file. Ranges are what single pieces of work wrote, so no byte is
+The header (length included; of an archive, all that stands before the first tensor) and the ranges tile the file.
+Ranges are what single pieces of work wrote, and in an archive what stands between and after the tensors, so no byte is
 read again to make this. The manifest is canonical JSON: any changed byte of it is a changed value. It does not list
 itself, nor the report of the conversion: that holds times, which differ from run to run, and carries its own checksum
 (`self_checksum`), so that everything else in two outputs of the same job is equal byte for byte.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,25 +53,28 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def make_manifest(layout: Layout, coverage: Coverage, files: Mapping[str, tuple[int, str]]) -> bytes:
+def make_manifest(
+    layout: Layout,
+    coverage: Coverage,
+    frames: Sequence[Sequence[tuple[int, bytes]]],
+    files: Mapping[str, tuple[int, str]],
+) -> bytes:
     """The manifest of an output that is complete.
 
     Args:
         layout: the shards.
         coverage: what was written to them.
+        frames: of each shard, what stands around its tensors: (start, bytes), the first at 0.
         files: (size, SHA-256) of every other file but the report and the manifest itself, by name.
     """
     ranges: list[list[list[Any]]] = [[] for _ in layout.shards]
     for name, placement in layout.placements.items():
         for part in coverage.ranges(name):
             ranges[placement.shard].append([placement.start + part.start, placement.start + part.stop, part.sha256])
+    framed = [[[start, start + len(data), sha256(data)] for start, data in frame] for frame in frames]
     shards = {
-        shard.filename: {
-            "size": shard.nbytes,
-            "header": [0, len(shard.header), sha256(shard.header)],
-            "ranges": sorted(parts),
-        }
-        for shard, parts in zip(layout.shards, ranges, strict=True)
+        shard.filename: {"size": shard.nbytes, "header": frame[0], "ranges": sorted([*frame[1:], *parts])}
+        for shard, frame, parts in zip(layout.shards, framed, ranges, strict=True)
     }
     others = {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
     return canonical_json({"format": FORMAT, "version": VERSION, "shards": shards, "files": others})

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -19,8 +19,8 @@ from llama4_quant.checkpoint.buffers import byte_view
 from llama4_quant.checkpoint.header import DTYPE_NAMES, TensorEntry
 from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.meta_blocks import Block, Mosaic, mosaics_of, rows_and_columns, widths_of
-from llama4_quant.checkpoint.meta_params import PARAMS_NAME, Params
-from llama4_quant.checkpoint.paths import locate
+from llama4_quant.checkpoint.meta_params import Params
+from llama4_quant.checkpoint.paths import PARAMS_NAME, STAGING_NAME, locate
 from llama4_quant.checkpoint.pickles import StoredTensor, read_contents
 from llama4_quant.checkpoint.reader import CheckpointReader, open_file
 from llama4_quant.errors import CheckpointError
@@ -33,8 +33,15 @@ _SCALES_NAME = re.compile(r"(fp8|int4)_scales_\d+\.pt")
 
 
 class MetaReader(CheckpointReader):
-    """An open checkpoint in Meta's layout; config and tensors are those of the Hugging Face layout."""
+    """An open checkpoint in Meta's layout; config and tensors are those of the Hugging Face layout.
 
+    Attributes:
+        params: params.json, as it was read.
+        num_ranks: how many model-parallel ranks it was made for.
+    """
+
+    params: Mapping[str, Any]
+    num_ranks: int
     _mosaics: Mapping[str, Mosaic]
 
     @classmethod
@@ -45,6 +52,7 @@ class MetaReader(CheckpointReader):
             CheckpointError: files missing, damaged, or contradicting each other; a pickle that holds more than tensors.
             ConfigError: params.json is not usable.
         """
+        check_finished(path)
         shards = _shards_of(path)
         where = locate(path, PARAMS_NAME)
         params = Params(read_json(where), str(where))
@@ -60,7 +68,7 @@ class MetaReader(CheckpointReader):
                 descriptors=descriptors,
                 files=files.pop_all(),
             )
-        reader._mosaics = mosaics
+        reader._mosaics, reader.params, reader.num_ranks = mosaics, params.values, len(shards)
         return reader
 
     @property
@@ -114,13 +122,23 @@ def is_meta_layout(path: Path) -> bool:
     return has_shards and not any(name.endswith(".safetensors") for name in names)
 
 
+def check_finished(path: Path) -> None:
+    """Raise CheckpointError if the folder is an output of ours that was interrupted."""
+    if (path / STAGING_NAME).exists() and not (path / PARAMS_NAME).exists():
+        raise CheckpointError(
+            f"{path}: an unfinished output of llama4-quant (it has {STAGING_NAME} and no {PARAMS_NAME}); run the same "
+            "conversion again, or delete the folder"
+        )
+
+
 def _shards_of(path: Path) -> list[Path]:
     """The files of ranks 0, 1, ..."""
     names = {entry.name for entry in path.iterdir()}
     scales = sorted(name for name in names if _SCALES_NAME.fullmatch(name))
     if scales:
         raise CheckpointError(
-            f"{path}: already quantized (it has {scales[0]}); convert from the BF16 checkpoint instead"
+            f"{path}: already quantized (it has {scales[0]}): Meta's own loader runs it, and `llama4-quant verify` "
+            "checks it; convert from the BF16 checkpoint instead"
         )
     found = {int(match[2] or 0): name for name in names if (match := _SHARD_NAME.fullmatch(name))}
     missing = set(range(len(found))) - set(found)

@@ -15,6 +15,7 @@ Shape letters: D hidden, E experts, F intermediate.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -69,6 +70,7 @@ _IGNORED = re.compile(
 )
 """Tables that follow from the configuration, and counters of training."""
 _LAYER = re.compile(r"^(layers|vision_embeddings\.vision_encoder\.transformer\.resblocks)\.(\d+)\.")
+_HF_LAYER = re.compile(r"^(model\.layers|vision_model\.model\.layers)\.(\d+)\.")
 
 
 def targets_of(name: str) -> tuple[Target, ...] | None:
@@ -81,6 +83,21 @@ def targets_of(name: str) -> tuple[Target, ...] | None:
     if found is None or (layer != "N" and layer != str(int(layer))):
         return None
     return tuple(Target(name=t.name.replace(".N.", f".{layer}."), split=t.split, part=t.part) for t in found)
+
+
+def spellings_of(name: str) -> tuple[tuple[str, Target], ...]:
+    """The tensors of Meta's layout that make up a tensor of the Hugging Face layout, each with its target.
+
+    Of several spellings that Meta's loader accepts it is the one without fused parts; () if there is none. Two for
+    `gate_up_proj`: gate, then up.
+
+    Args:
+        name: of the Hugging Face tensor, the decoder named without its prefix.
+    """
+    match = _HF_LAYER.match(name)
+    found = _SPELLINGS.get(_HF_LAYER.sub(r"\1.N.", name), ())
+    layer = match[2] if match else "N"
+    return tuple((meta.replace(".N.", f".{layer}."), target) for meta, target in found)
 
 
 def _decoder() -> dict[str, tuple[Target, ...]]:
@@ -164,3 +181,16 @@ def _vision() -> dict[str, tuple[Target, ...]]:
 
 
 _TARGETS = MappingProxyType({**_decoder(), **_decoder_layer(), **_vision()})
+
+
+def _inverse(targets: Mapping[str, tuple[Target, ...]]) -> dict[str, tuple[tuple[str, Target], ...]]:
+    """By Hugging Face name; the first spelling of each part counts."""
+    found: dict[str, dict[Part, tuple[str, Target]]] = {}
+    for meta, (target, *others) in targets.items():
+        is_expert = target.split in {Split.EXPERT_COLUMNS, Split.EXPERT_ROWS}
+        if not others and (is_expert or target.part is Part.WHOLE):
+            found.setdefault(target.name, {}).setdefault(target.part, (meta, target))
+    return {name: tuple(parts.values()) for name, parts in found.items()}
+
+
+_SPELLINGS = MappingProxyType(_inverse(_TARGETS))

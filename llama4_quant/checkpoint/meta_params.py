@@ -13,8 +13,6 @@ from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.config_fields import Fields
 from llama4_quant.errors import ConfigError
 
-PARAMS_NAME = "params.json"
-
 MAX_POSITIONS = 262_144
 """What base models were trained for; instruct models work with 1 M (Maverick) and 10 M (Scout)."""
 _TEXT_TOKENS = {"bos_token_id": 200_000, "eos_token_id": [200_001, 200_007, 200_008], "pad_token_id": 200_018}
@@ -41,6 +39,11 @@ class Params:
         self._moe = self._section("moe_args")
         self._vision = self._section("vision_args")
         self.where = where
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The parameters as they were read."""
+        return self._fields.values
 
     @property
     def has_vision(self) -> bool:

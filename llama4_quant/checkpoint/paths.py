@@ -18,6 +18,8 @@ DOWNLOAD_NAME = "source"
 SCRATCH_NAME = "calibration"
 """Folder in the staging folder for activations; publishing removes it."""
 CONFIG_NAME = "config.json"
+PARAMS_NAME = "params.json"
+"""Meta's config.json."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Sequence
 
 from llama4_quant.checkpoint.buffers import read_into, write_from
 from llama4_quant.checkpoint.files import os_errors
@@ -57,6 +58,12 @@ class ShardFiles:
         with os_errors(f"{path}: cannot be read back"):
             read_into(self._descriptors[number], view, start)
 
+    def write_frames(self, frames: Sequence[Sequence[tuple[int, bytes]]]) -> None:
+        """Write what stands around the tensors: (start, bytes) for each shard; published ones have it already."""
+        for number, frame in enumerate(frames):
+            for start, data in frame if number in self._descriptors else ():
+                self.write(number, memoryview(data), start, "what stands around its tensors")
+
     def sync(self) -> None:
         """Bring to the disk all bytes whose `write` has returned."""
         with self._lock:
@@ -78,4 +85,3 @@ class ShardFiles:
 
     def _keep(self, number: int, descriptor: int) -> None:
         self._descriptors[number] = descriptor
-        self.write(number, memoryview(self._layout.shards[number].header), 0, "the header")

@@ -1,11 +1,11 @@
 """A folder that turns into a checkpoint in one step, or stays what it was.
 
 Everything is prepared in `OUT/.llama4-quant-partial/` and moved into OUT by renames, weights first and config.json
-last, because a folder without config.json is not a checkpoint to any loader. When OUT holds an older checkpoint it
-stays whole and loadable until all files of the new one are written and synced. Then its config.json and index are
-removed, and until the new config.json is in place (some renames, milliseconds) OUT is not loadable. A crash in that
-window leaves the staging folder and no config.json: readers call that an unfinished output, and the next run replaces
-it.
+(in Meta's layout: params.json) last, because a folder without it is not a checkpoint to any loader. When OUT holds an
+older checkpoint it stays whole and loadable until all files of the new one are written and synced. Then its config.json
+and index are removed, and until the new config.json is in place (some renames, milliseconds) OUT is not loadable. A
+crash in that window leaves the staging folder and no config.json: readers call that an unfinished output, and the next
+run replaces it.
 
 What is staged may be kept, to be continued by a later process: then the folder also holds a fingerprint of the job
 (resume.py), journals (journal.py), and, once the renames have begun, a mark that says so. Locks (locks.py) keep other
@@ -23,9 +23,11 @@ from llama4_quant.checkpoint.buffers import write_from
 from llama4_quant.checkpoint.files import has_size, no_space, os_errors, replacing, reserve, sync_folder
 from llama4_quant.checkpoint.layout import SHARD_NAME
 from llama4_quant.checkpoint.locks import LOCK_NAME, TURN_NAME, FolderLock, Turn
-from llama4_quant.checkpoint.paths import CONFIG_NAME, DOWNLOAD_NAME, INDEX_NAME, STAGING_NAME
+from llama4_quant.checkpoint.paths import CONFIG_NAME, DOWNLOAD_NAME, INDEX_NAME, PARAMS_NAME, STAGING_NAME
 from llama4_quant.errors import OutputError
 
+_ENTRIES = frozenset({CONFIG_NAME, PARAMS_NAME})
+"""Each makes a folder a checkpoint: in Hugging Face layout, in Meta's."""
 _PUBLISHING_NAME = "publishing"
 _BLOCK = 512
 _COPY_BYTES = 2**20
@@ -164,29 +166,30 @@ class Staging:
             os.fsync(descriptor)
         return copied, digest.hexdigest()
 
-    def publish(self, weights: Sequence[str], others: Sequence[str]) -> None:
-        """Move staged files into the output: weights, others, index, config.json; then drop the staging folder.
+    def publish(self, weights: Sequence[str], others: Sequence[str], last: str = CONFIG_NAME) -> None:
+        """Move staged files into the output: weights, others, config.json; then drop the staging folder.
 
         Args:
             weights: names of the staged shards; weight files of an older checkpoint that are not among them go.
-            others: names of the other staged files, without the index and config.json.
+            others: names of the other staged files, in the order in which they are moved.
+            last: the file that makes it a checkpoint: config.json, or params.json in Meta's layout.
         """
         self.was_publishing = self.was_publishing or (self.folder / _PUBLISHING_NAME).exists()
         with os_errors(f"{self.out}: cannot be completed"):
             self.put(_PUBLISHING_NAME, b"")
             sync_folder(self.folder)
             self._publishing = True
-            for name in (CONFIG_NAME, INDEX_NAME):
+            for name in (*_ENTRIES, INDEX_NAME):
                 (self.out / name).unlink(missing_ok=True)
             sync_folder(self.out)
             for entry in list(self.out.iterdir()):
                 if SHARD_NAME.fullmatch(entry.name) and entry.name not in weights:
                     entry.unlink()
-            for name in (*weights, *others, INDEX_NAME):
+            for name in (*weights, *others):
                 if (self.folder / name).exists() or not self.was_publishing:  # else an earlier process has moved it
                     (self.folder / name).replace(self.out / name)
             sync_folder(self.out)
-            (self.folder / CONFIG_NAME).replace(self.out / CONFIG_NAME)
+            (self.folder / last).replace(self.out / last)
             sync_folder(self.out)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.leave()
@@ -227,9 +230,9 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
         raise OutputError(
             f"{out / STAGING_NAME}: expected a folder made by llama4-quant, found a link or file; remove it"
         )
-    if CONFIG_NAME in names and not overwrite:
+    if names & _ENTRIES and not overwrite:
         raise OutputError(f"{out}: a checkpoint exists here; give --overwrite to replace it, or another output folder")
-    if names and not names & {CONFIG_NAME, STAGING_NAME}:
+    if names and not names & {*_ENTRIES, STAGING_NAME}:
         raise OutputError(
             f"{out}: not empty, and not a checkpoint (no {CONFIG_NAME}), so it is not overwritten; choose another "
             "output folder"

@@ -17,6 +17,7 @@ How the files become visible is described in staging.py.
 """
 
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ from llama4_quant.checkpoint.json_files import dump_json
 from llama4_quant.checkpoint.layout import Layout, Placement, index_json
 from llama4_quant.checkpoint.locks import Turn
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME, has_self_checksum, make_manifest, sha256
-from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, SCRATCH_NAME, is_plain_name
+from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, PARAMS_NAME, SCRATCH_NAME, is_plain_name
 from llama4_quant.checkpoint.resume import FINGERPRINT_NAME, Job, can_continue, canonical_json, digest
 from llama4_quant.checkpoint.shards import ShardFiles
 from llama4_quant.checkpoint.staging import Staging
@@ -122,7 +123,14 @@ class CheckpointWriter:
         offset = row_start * placement.tensor.row_nbytes
         view = byte_view(tensor.detach().cpu().contiguous())
         self._shards.write(placement.shard, view, placement.start + offset, name)
-        part = WrittenRange(name=name, start=offset, stop=offset + len(view), sha256=sha256(view))
+        is_archive = self._layout.shards[placement.shard].archive is not None
+        part = WrittenRange(
+            name=name,
+            start=offset,
+            stop=offset + len(view),
+            sha256=sha256(view),
+            crc32=zlib.crc32(view) if is_archive else None,
+        )
         self._coverage.add(part)
         return part
 
@@ -191,11 +199,11 @@ class CheckpointWriter:
             return others_alive(self._staging.folder, self._job.rank)
 
     def finish(self, json_files: Mapping[str, Mapping[str, Any]], copies: Mapping[str, Path]) -> None:
-        """Make the checkpoint visible, config.json last.
+        """Make the checkpoint visible, config.json (in Meta's layout: params.json) last.
 
         Args:
-            json_files: by file name; config.json must be among them. The index is added from the layout, and a
-                manifest that lists all files but those with a checksum of their own (see manifest.py).
+            json_files: by file name; that file must be among them. The index is added from the layout, and a manifest
+                that lists all files but those with a checksum of their own (see manifest.py).
             copies: by file name, the files to copy.
 
         Raises:
@@ -204,19 +212,31 @@ class CheckpointWriter:
         staging = self._staging
         assert staging is not None
         assert self._shards is not None
-        _check_names(json_files, copies)
+        last = self._layout.last_file
+        _check_names(json_files, copies, last)
         self._check_complete()
+        frames = self._frames()
+        self._shards.write_frames(frames)
         listed = {name: staging.copy(name, origin) for name, origin in copies.items()}
-        for name, content in {**json_files, INDEX_NAME: index_json(self._layout)}.items():
+        index = {INDEX_NAME: index_json(self._layout)} if self._layout.has_index else {}
+        for name, content in {**json_files, **index}.items():
             data = dump_json(content)
             staging.put(name, data)
             if not has_self_checksum(content):
                 listed[name] = (len(data), sha256(data))
-        staging.put(MANIFEST_NAME, make_manifest(self._layout, self._coverage, listed))
+        staging.put(MANIFEST_NAME, make_manifest(self._layout, self._coverage, frames, listed))
         self._shards.sync_all()
-        others = sorted({*json_files, *copies, MANIFEST_NAME} - {CONFIG_NAME})
-        staging.publish([shard.filename for shard in self._layout.shards], others)
+        others = [*sorted({*json_files, *copies, MANIFEST_NAME} - {last}), *index]
+        staging.publish([shard.filename for shard in self._layout.shards], others, last)
         self._leave()
+
+    def _frames(self) -> list[tuple[tuple[int, bytes], ...]]:
+        """What stands around the tensors, of each shard; all tensors must be complete."""
+        crc32s: list[dict[str, int]] = [{} for _ in self._layout.shards]
+        for name, placement in self._layout.placements.items():
+            if self._layout.shards[placement.shard].archive is not None:
+                crc32s[placement.shard][name] = self._coverage.crc32(name)
+        return [shard.frame(checks) for shard, checks in zip(self._layout.shards, crc32s, strict=True)]
 
     def _begin(self, staging: Staging, shards: ShardFiles) -> None:
         """Begin anew: reserve the shards, and only then say what they are for."""
@@ -273,11 +293,11 @@ class CheckpointWriter:
             staging.discard() if discard else staging.leave()
 
 
-def _check_names(json_files: Mapping[str, object], copies: Mapping[str, object]) -> None:
-    assert CONFIG_NAME in json_files
+def _check_names(json_files: Mapping[str, object], copies: Mapping[str, object], last_file: str) -> None:
+    assert last_file in json_files
     assert not json_files.keys() & copies.keys()
-    assert not {CONFIG_NAME, INDEX_NAME} & copies.keys()
+    assert not {CONFIG_NAME, PARAMS_NAME, INDEX_NAME} & copies.keys()
     for name in (*json_files, *copies):
         assert is_plain_name(name), name
         assert name not in {INDEX_NAME, MANIFEST_NAME}, name
-        assert not name.endswith(".safetensors"), name
+        assert not name.endswith((".safetensors", ".pth", ".pt")), name

@@ -33,14 +33,14 @@ def peak():
 baseline = peak()
 import time
 from llama4_quant import convert, preset
-source, out, scheme, observer, cap, workers = sys.argv[1:]
+source, out, scheme, observer, storage, cap, workers = sys.argv[1:]
 started = time.perf_counter()
 cap = None if cap == "smallest" else cap
 chosen = preset(scheme, observer=observer)
 if cap is None:
     from llama4_quant.convert import dry_run
-    cap = dry_run(source, scheme=chosen).memory.smallest
-report = convert(source, out, scheme=chosen, max_memory=cap, workers=int(workers) or None)
+    cap = dry_run(source, scheme=chosen, format=storage).memory.smallest
+report = convert(source, out, scheme=chosen, format=storage, max_memory=cap, workers=int(workers) or None)
 print(json.dumps({
     "cap_bytes": report.memory.limit, "predicted_bytes": report.memory.predicted,
     "workers": report.memory.num_workers, "peak_bytes": peak() - baseline,
@@ -49,13 +49,15 @@ print(json.dumps({
 """
 
 
-def config_of(experts: int, hidden: int, intermediate: int) -> dict[str, Any]:
-    """One MoE layer, and as little else as the architecture allows."""
+def config_of(options: argparse.Namespace) -> dict[str, Any]:
+    """One MoE layer, and as little else as the architecture allows (Meta's layout: as the format allows)."""
+    hidden, is_meta = options.hidden, options.format == "meta-fp8"
     return {
         "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "vocab_size": 128, "hidden_size": hidden,
-        "intermediate_size": intermediate, "intermediate_size_mlp": intermediate, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "num_local_experts": experts,
-        "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "attention_chunk_size": 8192,
+        "intermediate_size": options.intermediate, "intermediate_size_mlp": options.intermediate,
+        "num_hidden_layers": 3 if is_meta else 1, "interleave_moe_layer_step": 2 if is_meta else 1,
+        "num_attention_heads": hidden // 128 if is_meta else 2, "num_key_value_heads": hidden // 128 if is_meta else 1,
+        "head_dim": 128, "num_local_experts": options.experts, "num_experts_per_tok": 1, "attention_chunk_size": 8192,
         "use_qk_norm": True, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192,
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "floor_scale": 8192, "attn_scale": 0.1,
         "attn_temperature_tuning": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -76,7 +78,7 @@ def make_sparse(folder: Path, config: dict[str, Any]) -> int:
 
 def measure(source: Path, out: Path, options: argparse.Namespace, cap: str) -> dict[str, Any]:
     """Convert in a process of its own."""
-    arguments = [source, out, options.scheme, options.observer, cap, options.workers]
+    arguments = [source, out, options.scheme, options.observer, options.format, cap, options.workers]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *map(str, arguments)], check=False, capture_output=True, text=True
     )
@@ -94,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=8192)
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--observer", default="absmax")
+    parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--caps", nargs="+", default=["smallest", "1GiB", "2GiB"])
     parser.add_argument("--workers", type=int, default=0, help="0: one for each core")
     parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
@@ -105,7 +108,7 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="llama4-quant-memory-") as name:
         source, out = Path(name) / "source", Path(name) / "out"
-        largest = make_sparse(source, config_of(options.experts, options.hidden, options.intermediate))
+        largest = make_sparse(source, config_of(options))
         print(f"largest tensor {largest / 1e9:.1f} GB; {options.scheme}, {options.observer}; {cpu_name()}")
         print(f"{'cap MiB':>9} {'predicted MiB':>14} {'measured MiB':>13} {'workers':>8} {'seconds':>8}")
         rows = []

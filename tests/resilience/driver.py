@@ -3,7 +3,7 @@
 Forking saves importing torch for every run, so that hundreds of kills take minutes. Every item is slowed down, so that
 a random moment falls into the work rather than into what comes before and after it.
 
-    python driver.py storm SOURCE OUT NUM_KILLS SEED WORLD_SIZE SECONDS_PER_ITEM
+    python driver.py storm SOURCE OUT NUM_KILLS SEED WORLD_SIZE SECONDS_PER_ITEM FORMAT
     python driver.py run SOURCE OUT SECONDS_PER_ITEM [CONVERT ARGUMENT...]
 """
 
@@ -24,7 +24,8 @@ from llama4_quant.cli.main import main
 from llama4_quant.conversion import Conversion
 from llama4_quant.convert import convert
 
-SCHEME = "W4A16"
+SCHEMES = {"compressed-tensors": "W4A16", "meta-fp8": "FP8_DYNAMIC"}
+LAST_FILES = {"compressed-tensors": "config.json", "meta-fp8": "params.json"}
 SHARD_SIZE = 200_000
 GRACE_SECONDS = 2.0
 
@@ -39,7 +40,7 @@ def slow_down(seconds: float) -> None:
     Conversion._do = slow
 
 
-def child(source: Path, out: Path, rank: int, world_size: int, port: int) -> int:
+def child(source: Path, out: Path, storage: str, rank: int, world_size: int, port: int) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -50,7 +51,7 @@ def child(source: Path, out: Path, rank: int, world_size: int, port: int) -> int
             os.environ.update(
                 RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
             )
-        convert(source, out, scheme=SCHEME, max_shard_size=SHARD_SIZE, workers=2)
+        convert(source, out, scheme=SCHEMES[storage], format=storage, max_shard_size=SHARD_SIZE, workers=2)
         status = 0
     except SystemExit as stop:
         status = int(stop.code)
@@ -85,10 +86,12 @@ def end(pids: list[int]) -> list[int]:
     return statuses
 
 
-def attempt(source: Path, out: Path, world_size: int, kill_after: float | None, victim: int) -> bool | None:
+def attempt(
+    source: Path, out: Path, storage: str, world_size: int, kill_after: float | None = None, victim: int = 0
+) -> bool | None:
     """One launch. True: it finished; None: it was killed before that; otherwise this raises."""
     port = free_port()
-    pids = [child(source, out, rank, world_size, port) for rank in range(world_size)]
+    pids = [child(source, out, storage, rank, world_size, port) for rank in range(world_size)]
     if kill_after is None:
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         assert statuses == [0] * world_size, statuses
@@ -100,7 +103,7 @@ def attempt(source: Path, out: Path, world_size: int, kill_after: float | None, 
     # 3: torch's rendezvous failed before the kill, as when another program took the port in the meantime.
     assert killed in {0, -signal.SIGKILL} | ({3} if world_size > 1 else set()), killed
     assert set(statuses) <= {0, 3, 143, -signal.SIGKILL}, statuses
-    return True if (out / "config.json").exists() else None
+    return True if (out / LAST_FILES[storage]).exists() else None
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -111,24 +114,24 @@ def contents(out: Path) -> dict[str, bytes]:
     }
 
 
-def storm(source: Path, out: Path, num_kills: int, seed: int, world_size: int) -> dict[str, int]:
+def storm(source: Path, out: Path, num_kills: int, seed: int, world_size: int, storage: str) -> dict[str, int]:
     """Kill at random moments until it was often enough; every output that is finished in between must be right."""
     rng = random.Random(seed)
     reference = out.with_name("reference")
     started = time.monotonic()
-    attempt(source, reference, world_size, None, 0)
+    attempt(source, reference, storage, world_size)
     seconds = time.monotonic() - started
     expected = contents(reference)
     counts = {"kills": 0, "finished": 0, "resumed": 0}
     while counts["kills"] < num_kills:
         counts["resumed"] += (out / ".llama4-quant-partial" / FINGERPRINT_NAME).exists()
-        finished = attempt(source, out, world_size, rng.uniform(0, seconds / 2), rng.randrange(world_size))
+        finished = attempt(source, out, storage, world_size, rng.uniform(0, seconds / 2), rng.randrange(world_size))
         counts["kills"] += finished is None
         if finished:
             check(out, expected, counts)
         else:
-            assert not (out / "config.json").exists()
-    attempt(source, out, world_size, None, 0)
+            assert not (out / LAST_FILES[storage]).exists()
+    attempt(source, out, storage, world_size)
     check(out, expected, counts)
     return counts
 
@@ -149,7 +152,7 @@ if __name__ == "__main__":
     if what == "storm":
         num_kills, seed, world_size = map(int, rest[:3])
         slow_down(float(rest[3]))
-        print(json.dumps(storm(Path(source), Path(out), num_kills, seed, world_size)))
+        print(json.dumps(storm(Path(source), Path(out), num_kills, seed, world_size, rest[4])))
     else:
         slow_down(float(rest[0]))
         sys.argv = ["llama4-quant", "convert", source, "-o", out, *rest[1:]]

@@ -20,8 +20,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("kill") / "bf16", text_config(num_hidden_layers=2))
 
 
-def storm(source: Path, out: Path, num_kills: int, world_size: int, seconds_per_item: float) -> dict[str, int]:
-    done = run("storm", source, out, num_kills, 17, world_size, seconds_per_item)
+def storm(
+    source: Path,
+    out: Path,
+    num_kills: int,
+    world_size: int,
+    seconds_per_item: float,
+    storage: str = "compressed-tensors",
+) -> dict[str, int]:
+    done = run("storm", source, out, num_kills, 17, world_size, seconds_per_item, storage)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] >= num_kills
@@ -37,6 +44,13 @@ def test_a_few_kills(source: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_hundred_kills(source: Path, tmp_path: Path) -> None:
     storm(source, tmp_path / "out", 110, 1, 0.03)
+
+
+@pytest.mark.parametrize("num_kills", [6, pytest.param(110, marks=pytest.mark.slow)])
+def test_kills_while_metas_layout_is_written(tmp_path: Path, num_kills: int) -> None:
+    """Archives have checksums of tensors that were written in pieces, by several processes one after another."""
+    source = make_checkpoint(tmp_path / "bf16", text_config(num_hidden_layers=3))
+    storm(source, tmp_path / "out", num_kills, 1, 0.02, "meta-fp8")
 
 
 @pytest.mark.slow

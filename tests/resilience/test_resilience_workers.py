@@ -57,14 +57,17 @@ def test_maverick_is_planned_within_two_gib() -> None:
     assert memory.predicted <= 2 * 2**30
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC"])
-def test_peak_memory_stays_under_the_cap(tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "storage"),
+    [("W4A16", "compressed-tensors"), ("FP8_DYNAMIC", "compressed-tensors"), ("FP8_DYNAMIC", "meta-fp8")],
+)
+def test_peak_memory_stays_under_the_cap(tmp_path: Path, scheme: str, storage: str) -> None:
     """A tensor of 256 MiB in slices of 16 MiB, in a process of its own, at the smallest cap that works."""
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "memory.py"), "--folder", str(tmp_path)]
     sizes = ["--experts", "16", "--hidden", "1024", "--intermediate", "4096", "--caps", "smallest", "240MiB"]
     output = tmp_path / "result.json"
     done = subprocess.run(
-        [*command, *sizes, "--scheme", scheme, "--observer", "absmax", "--output", str(output)],
+        [*command, *sizes, "--scheme", scheme, "--format", storage, "--observer", "absmax", "--output", str(output)],
         check=False, capture_output=True, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
