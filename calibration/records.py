@@ -1,6 +1,8 @@
 """What a calibrated conversion reports, as plain data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,11 @@ class LayerRecord:
     sqnr_db: float | None = None
     rerouted: float | None = None
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "LayerRecord":
+        """The inverse of `dataclasses.asdict`, once the data went through JSON."""
+        return cls(**{**content, "rows_per_expert": tuple(content["rows_per_expert"])})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationReport:
@@ -65,3 +72,11 @@ class CalibrationReport:
     num_tokens: int
     layers: tuple[LayerRecord, ...]
     notes: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any] | None) -> "CalibrationReport | None":
+        """The inverse of `dataclasses.asdict`, once the data went through JSON."""
+        if content is None:
+            return None
+        layers = tuple(LayerRecord.from_json(layer) for layer in content["layers"])
+        return cls(**{**content, "layers": layers, "notes": tuple(content["notes"])})

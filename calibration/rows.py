@@ -21,6 +21,7 @@ from llama4_quant.checkpoint.files import os_errors
 _FLOAT_BYTES = 4
 _CHUNK_ELEMENTS = 1 << 22
 """Elements of one chunk of rows: 16 MiB."""
+_CALL_BYTES = 1 << 15
 
 
 class RowFile:
@@ -82,22 +83,54 @@ class RowFile:
         self._write(values_RW.to(dtype=torch.float32, device="cpu").contiguous(), rows.start)
 
     def gather(self, rows_R: Tensor) -> Tensor:
-        """Rows [R, W] by number; ascending numbers that follow each other are read at once."""
+        """Rows [R, W] by number, ascending."""
         values = torch.empty(len(rows_R), self.width)
-        for place, start, count in _runs(rows_R):
-            self._read(values[place : place + count], start)
+        for places, rows in self._spans(rows_R):
+            if len(places) == rows.stop - rows.start:
+                self._read(values[places.start : places.stop], rows.start)
+            else:
+                numbers = rows_R[places.start : places.stop].cpu() - rows.start
+                values[places.start : places.stop] = self._span(rows)[numbers]
         return values.to(self._device)
 
     def scatter(self, rows_R: Tensor, values_RW: Tensor) -> None:
-        """Replace rows by number."""
+        """Replace rows by number, ascending."""
         values = values_RW.to(dtype=torch.float32, device="cpu").contiguous()
-        for place, start, count in _runs(rows_R):
-            self._write(values[place : place + count], start)
+        for places, rows in self._spans(rows_R):
+            if len(places) == rows.stop - rows.start:
+                self._write(values[places.start : places.stop], rows.start)
+            else:
+                span = self._span(rows)
+                span[rows_R[places.start : places.stop].cpu() - rows.start] = values[places.start : places.stop]
+                self._write(span, rows.start)
 
-    def _read(self, values: Tensor, start: int) -> None:
+    def _spans(self, rows_R: Tensor) -> Iterator[tuple[range, slice]]:
+        """Places in `rows_R`, and the rows of the file to move at once for them.
+
+        A call costs as much as moving some KiB, so short rows are moved together with those between them.
+        """
+        gap = max(0, _CALL_BYTES // self._row_bytes)
+        longest = max(1, _CHUNK_ELEMENTS // self.width)
+        numbers = rows_R.tolist()
+        begin = 0
+        for place in range(1, len(numbers) + 1):
+            if (
+                place == len(numbers)
+                or numbers[place] - numbers[place - 1] > gap + 1
+                or numbers[place] - numbers[begin] >= longest
+            ):
+                yield range(begin, place), slice(numbers[begin], numbers[place - 1] + 1)
+                begin = place
+
+    def _span(self, rows: slice) -> Tensor:
+        span = torch.empty(rows.stop - rows.start, self.width)
+        self._read(span, rows.start, may_end=True)
+        return span
+
+    def _read(self, values: Tensor, start: int, *, may_end: bool = False) -> None:
         with os_errors(f"{self.path}: cannot be read"):
             count = read_into(self._descriptor, byte_view(values), start * self._row_bytes)
-        assert count == values.nbytes, "rows are read that were never written"
+        assert count == values.nbytes or may_end, "rows are read that were never written"
 
     def _write(self, values: Tensor, start: int) -> None:
         with os_errors(f"{self.path}: cannot be written", self.path.parent, values.nbytes):
@@ -108,13 +141,3 @@ def row_chunks(num_rows: int, width: int) -> Iterator[slice]:
     """Slices of rows of about 16 MiB in float32."""
     step = max(1, _CHUNK_ELEMENTS // width)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
-
-
-def _runs(rows_R: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Maximal runs of consecutive numbers as (place, first number, length)."""
-    numbers = rows_R.tolist()
-    begin = 0
-    for place in range(1, len(numbers) + 1):
-        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:
-            yield begin, numbers[begin], place - begin
-            begin = place

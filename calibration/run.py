@@ -1,6 +1,6 @@
 """A calibrated conversion's part beyond data-free quantization: its data, its memory, and running the pass."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.errors import UsageError
 from llama4_quant.plan import Plan
 from llama4_quant.quantizers.backend import Backend
+from llama4_quant.stream import Progress
 from llama4_quant.work import WorkItem
 
 
@@ -58,7 +59,7 @@ class PreparedCalibration:
         reader: CheckpointReader,
         writer: CheckpointWriter,
         backend: Backend,
-        done: Callable[[str, int], None],
+        progress: Progress | None,
     ) -> CalibrationReport:
         """Calibrate and write all weights of `items(plan, items)`.
 
@@ -68,8 +69,9 @@ class PreparedCalibration:
             reader: the source.
             writer: the output.
             backend: rounds weights that see no data.
-            done: called with a weight's name and the source bytes that are done now.
+            progress: called with a weight's name and the source bytes that are done now.
         """
+        done = progress or (lambda _what, _num_bytes: None)
         device = torch.device(self.settings.device)
         weights = Weights(
             plan,

@@ -20,7 +20,7 @@ from llama4_quant.quantizers.quantize import QuantizedWeight, dequantize_weight,
 from llama4_quant.quantizers.search import SMALLEST_SCALE, round_to_bf16
 from llama4_quant.scheme import Strategy, WeightScheme, WeightType
 
-_ROW_ELEMENTS = 1 << 24
+ROW_ELEMENTS = 1 << 24
 """Weights that are worked on at a time: 64 MiB in float32, and some five times that with what goes with them."""
 
 
@@ -85,7 +85,7 @@ class Solver:
 
     def _chunks(self, num_outputs: int, num_inputs: int) -> Sequence[slice]:
         """Slices of rows that no 128-row block crosses."""
-        step = max(1, _ROW_ELEMENTS // (num_inputs * 128)) * 128
+        step = max(1, ROW_ELEMENTS // (num_inputs * 128)) * 128
         return [slice(start, min(start + step, num_outputs)) for start in range(0, num_outputs, step)]
 
     def _solve_rows(self, target_NK: Tensor, scale: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:

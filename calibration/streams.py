@@ -92,10 +92,7 @@ class StreamFiles:
         """Where an interrupted run was; None if it had not begun."""
         try:
             content = json.loads((self.folder / _STATE_NAME).read_text(encoding="utf-8"))
-            records = tuple(
-                LayerRecord(**{**record, "rows_per_expert": tuple(record["rows_per_expert"])})
-                for record in content["records"]
-            )
+            records = tuple(LayerRecord.from_json(record) for record in content["records"])
             return Position(layer=int(content["layer"]), records=records)
         except (OSError, ValueError, KeyError, TypeError):
             return None

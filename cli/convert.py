@@ -10,7 +10,14 @@ import click
 
 from llama4_quant.checkpoint.layout import parse_size
 from llama4_quant.checkpoint.resume import Resume
-from llama4_quant.cli.options import SCHEMES, json_option, scheme_for, scheme_options
+from llama4_quant.cli.options import (
+    SCHEMES,
+    calibration_for,
+    calibration_options,
+    json_option,
+    scheme_for,
+    scheme_options,
+)
 from llama4_quant.cli.progress import byte_progress
 from llama4_quant.cli.tables import console, count, largest_errors, parameters, size, table
 from llama4_quant.convert import convert, dry_run
@@ -38,6 +45,7 @@ from llama4_quant.report import REPORT_NAME, Report, WeightRecord
     metavar="N",
     help="For meta-fp8: ranks, with a file each. [default: as in SRC, if in Meta's layout; else 8, 4, 2 or 1]",
 )
+@calibration_options
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file: 5GB, 512MiB, ...")
 @click.option(
     "--max-memory", metavar="SIZE", help="Hold at most so much: 2GiB, ... [default: a quarter of the machine]"
@@ -94,6 +102,7 @@ def convert_command(
     llama4-quant convert ./Llama-4-Scout-17B-16E-Original -o scout-hf --format bf16
     llama4-quant convert --dry-run --config-only config.json --scheme W4A16 --group-size 64
     """  # noqa: D301 - \b is click's mark for lines that must not be wrapped
+    calibration = calibration_for(settings)
     scheme, shard_size = scheme_for(storage, settings), parse_size(max_shard_size)
     if not is_dry_run and (config_only or save_plan is not None):
         raise UsageError("--config-only and --save-plan go with --dry-run")
@@ -123,6 +132,7 @@ def convert_command(
             scheme=scheme,
             format=storage,
             model_parallel=model_parallel,
+            calibration=calibration,
             max_shard_size=shard_size,
             max_memory=max_memory,
             workers=workers,

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from llama4_quant.calibration.corpus import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
+from llama4_quant.calibration.settings import Algorithm, Calibration, make_calibration
 from llama4_quant.errors import UsageError
 from llama4_quant.formats.choice import DEFAULT_SCHEMES, choose_format
 from llama4_quant.scheme import INT4_GROUP_SIZES, Observer, Scheme, SchemeName, preset
@@ -46,6 +48,64 @@ def scheme_options(*, scheme_help: str, default: str | None) -> Decorator:
         ),
     ]
     return _chain(options)
+
+
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--algorithm and what calibration takes; `calibration_for` reads them."""
+    options = [
+        click.option(
+            "--algorithm",
+            type=click.Choice([algorithm.value for algorithm in Algorithm]),
+            help="rtn rounds to nearest; gptq and best keep each layer's output on calibration data. "
+            "[default: best with --calibration, else rtn]",
+        ),
+        click.option(
+            "--calibration",
+            "data",
+            multiple=True,
+            metavar="PATH",
+            help="Calibration data: text, JSON, JSON Lines, Parquet, a folder, or hub:NAME. Repeatable. "
+            "[default for gptq and best: built-in text]",
+        ),
+        click.option(
+            "--num-calibration-samples",
+            "num_samples",
+            type=int,
+            default=DEFAULT_NUM_SAMPLES,
+            show_default=True,
+            help="Calibration samples.",
+        ),
+        click.option(
+            "--max-seq-length",
+            type=int,
+            default=DEFAULT_MAX_SEQ_LENGTH,
+            show_default=True,
+            help="Tokens of a calibration sample.",
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Order in which calibration text is drawn."
+        ),
+        click.option(
+            "--text-column",
+            default="text",
+            show_default=True,
+            help="Where records of calibration data have plain text.",
+        ),
+        click.option("--device", default="cpu", show_default=True, help="Where calibration computes: cpu, cuda, ..."),
+    ]
+    return _chain(options)(command)
+
+
+def calibration_for(settings: dict[str, Any]) -> Calibration | None:
+    """What the options of `calibration_options` ask for; takes them out of `settings`.
+
+    Raises:
+        UsageError: data without an algorithm that uses it, or numbers that make no sense.
+    """
+    names = ("algorithm", "data", "num_samples", "max_seq_length", "seed", "text_column", "device")
+    chosen = {name: settings.pop(name) for name in names}
+    algorithm = chosen.pop("algorithm") or (Algorithm.BEST if chosen["data"] else Algorithm.RTN)
+    return make_calibration(algorithm, **chosen)
 
 
 def scheme_for(storage: str, settings: Mapping[str, Any]) -> Scheme | None:

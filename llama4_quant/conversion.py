@@ -29,22 +29,28 @@ class Conversion:
         self._writer = writer
 
     def run(
-        self, items: Sequence[WorkItem], mine: Sequence[WorkItem], memory: MemoryUse, progress: Progress | None
+        self,
+        items: Sequence[WorkItem],
+        left: Sequence[WorkItem],
+        mine: Sequence[WorkItem],
+        memory: MemoryUse,
+        progress: Progress | None,
     ) -> None:
         """Do some of the items.
 
         Args:
             items: all items of the plan.
-            mine: those to do.
+            left: those that this process, here or later, has to do.
+            mine: those to do here.
             memory: how many workers may work at a time.
-            progress: told of each item; those that are not to be done count as done from the start.
+            progress: told of each item; those that are not left count as done from the start.
 
         Raises:
             Llama4QuantError: an item failed; those that were in hand beside it are finished and noted.
         """
         told = progress or (lambda _what, _num_bytes: None)
         total = sum(item.num_bytes for item in items)
-        told("", total - sum(item.num_bytes for item in mine))
+        told("", total - sum(item.num_bytes for item in left))
         if mine:
             workers = Workers(
                 mine,
@@ -66,12 +72,7 @@ class Conversion:
                 done = WeightNote.from_json(content)
                 earlier = merged.get(done.weight)
                 merged[done.weight] = done if earlier is None else earlier.merge(done)
-        return tuple(
-            weight_record(decision, merged[decision.name].error, merged[decision.name].seconds)
-            if decision.name in merged
-            else weight_record(decision)
-            for decision in self._plan.decisions
-        )
+        return tuple(weight_record(decision, merged.get(decision.name)) for decision in self._plan.decisions)
 
     def _do(self, item: WorkItem, buffer: torch.Tensor) -> None:
         ranges: list[WrittenRange] = []

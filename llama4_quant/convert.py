@@ -17,6 +17,9 @@ from typing import Any
 
 from llama4_quant._version import __version__
 from llama4_quant.architecture import Role
+from llama4_quant.calibration.memory import with_calibration
+from llama4_quant.calibration.run import PreparedCalibration, prepare
+from llama4_quant.calibration.settings import Calibration
 from llama4_quant.checkpoint.hub_reader import HubReader
 from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.layout import Layout, layout_shards, parse_size
@@ -98,6 +101,7 @@ def convert(
     workers: int | None = None,
     resume: str = Resume.AUTO,
     delete_source_shards: bool = False,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Convert a BF16 Llama 4 checkpoint to a quantized one, or to another layout.
@@ -122,6 +126,8 @@ def convert(
             another; "required" refuses if there is none; "never" deletes it and begins anew.
         delete_source_shards: for a Hub id: download, convert and delete shard by shard, so that the disk holds the
             output and a few shards. Local folders and the Hub's cache are never touched.
+        calibration: choose codes for the layers' outputs on calibration data instead of rounding to nearest; see
+            `make_calibration`.
         progress: called after each piece of work.
 
     Under torchrun (RANK and WORLD_SIZE in the environment) every process has to call this: they share the work, and
@@ -146,10 +152,15 @@ def convert(
         config = output_config(plan, reader)
         items = work_items(plan)
         memory = plan_memory(plan, items, max_memory, workers)
+        prepared = None
+        if calibration is not None:
+            _check_calibration(storage, rank, delete_source_shards=delete_source_shards)
+            prepared = prepare(calibration, reader)
+            memory = with_calibration(memory, plan, calibration.solver, max(prepared.lengths))
         shard_size = parse_size(max_shard_size)
         layout = _layout(plan, shard_size)
         job = Job(
-            fingerprint=_fingerprint(reader, plan, shard_size),
+            fingerprint=_fingerprint(reader, plan, shard_size, prepared),
             resume=mode,
             rank=rank.rank,
             world_size=rank.world_size,
@@ -161,13 +172,20 @@ def convert(
                 writer = stack.enter_context(
                     CheckpointWriter(out, layout, overwrite=overwrite, source=reader.path, job=job)
                 )
-                mine = _share(plan, items, writer.records(), reader, rank)
+                calibrated = () if prepared is None else prepared.items(plan, items)
+                records = writer.records()
+                mine = _share(plan, items, {*records, *(item.id for item in calibrated)}, reader, rank)
+                left = [*mine, *(item for item in calibrated if item.id not in records)]
                 if isinstance(reader, HubReader):
                     reader.require_space()
                     reader.expect((plan.tensors[item.tensor].spec.name, item.num_bytes) for item in mine)
                 meet()  # nobody begins before all have seen what is left
-            conversion = Conversion(plan, reader, writer, choose_backend())
-            conversion.run(items, mine, memory, progress)
+            backend = choose_backend()
+            conversion = Conversion(plan, reader, writer, backend)
+            conversion.run(items, left, mine, memory, progress)
+            calibrating = None
+            if prepared is not None:
+                calibrating = prepared.run(plan, items, reader, writer, backend, progress)
             return _publish(
                 writer,
                 num_items=len(items),
@@ -177,6 +195,7 @@ def convert(
                     memory=memory,
                     output=str(out),
                     weights=conversion.weight_records(items),
+                    calibration=calibrating,
                     seconds=time.perf_counter() - started,
                 ),
                 config={layout.last_file: config},
@@ -228,7 +247,21 @@ def output_config(plan: Plan, reader: CheckpointReader | None = None) -> dict[st
     return config
 
 
-def _fingerprint(reader: CheckpointReader, plan: Plan, max_shard_size: int) -> dict[str, Any]:
+def _check_calibration(storage: CheckpointFormat, rank: Rank, *, delete_source_shards: bool) -> None:
+    """Raise UsageError for what does not go with calibration."""
+    if storage is not CheckpointFormat.COMPRESSED_TENSORS:
+        raise UsageError(f"--format {storage} is written without calibration; use --algorithm rtn")
+    if rank.world_size > 1:
+        raise UsageError("calibration goes layer by layer in one process; without torchrun, or with --algorithm rtn")
+    if delete_source_shards:
+        raise UsageError(
+            "calibration reads weights more than once; drop --delete-source-shards, or use --algorithm rtn"
+        )
+
+
+def _fingerprint(
+    reader: CheckpointReader, plan: Plan, max_shard_size: int, prepared: PreparedCalibration | None
+) -> dict[str, Any]:
     """Everything that decides the bytes of the output."""
     copied = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in side_files(reader.path)}
     return {
@@ -239,6 +272,7 @@ def _fingerprint(reader: CheckpointReader, plan: Plan, max_shard_size: int) -> d
             "max_shard_size": max_shard_size,
             **({} if plan.model_parallel is None else {"model_parallel": plan.model_parallel}),
         },
+        **({} if prepared is None else {"calibration": prepared.fingerprint}),
         "version": {"llama4_quant": __version__},
     }
 

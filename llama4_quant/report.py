@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama4_quant._version import __version__
+from llama4_quant.calibration.records import CalibrationRecord, CalibrationReport
 from llama4_quant.checkpoint.manifest import CHECKSUM_KEY, with_self_checksum
+from llama4_quant.notes import WeightNote
 from llama4_quant.plan import Decision, Plan
-from llama4_quant.quantizers.error import WeightError
 from llama4_quant.work import MemoryUse
 
 REPORT_NAME = "quantization_report.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class WeightRecord:
         relative_error: |w - dequantized w| / |w| (Frobenius norms); None for BF16.
         sqnr_db: signal to quantization noise, 10 log10(|w|^2 / |error|^2), in dB; None for BF16 or without error.
         seconds: time in the quantizer; None for BF16.
+        calibration: how it was calibrated; None without calibration.
     """
 
     name: str
@@ -44,6 +46,7 @@ class WeightRecord:
     relative_error: float | None = None
     sqnr_db: float | None = None
     seconds: float | None = None
+    calibration: CalibrationRecord | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +95,7 @@ class Report:
         weights: a record per weight.
         memory: how much memory it takes, and how many workers share it.
         seconds: wall time; None for a dry run.
+        calibration: data, layers and notes of a calibration; None without.
     """
 
     source: str
@@ -105,6 +109,7 @@ class Report:
     weights: tuple[WeightRecord, ...]
     memory: MemoryUse
     seconds: float | None
+    calibration: CalibrationReport | None = None
     schema_version: int = SCHEMA_VERSION
     llama4_quant_version: str = __version__
 
@@ -124,8 +129,13 @@ class Report:
                     RoleSummary(**role | {"shapes": tuple(map(tuple, role["shapes"]))}) for role in content["roles"]
                 ),
                 "weights": tuple(
-                    WeightRecord(**weight | {"shape": tuple(weight["shape"])}) for weight in content["weights"]
+                    WeightRecord(
+                        **weight
+                        | {"shape": tuple(weight["shape"]), "calibration": _calibration_record(weight["calibration"])}
+                    )
+                    for weight in content["weights"]
                 ),
+                "calibration": CalibrationReport.from_json(content["calibration"]),
                 "notes": tuple(content["notes"]),
                 "ignore": tuple(content["ignore"]),
             }
@@ -140,6 +150,7 @@ def make_report(
     output: str | None = None,
     weights: Sequence[WeightRecord] | None = None,
     seconds: float | None = None,
+    calibration: CalibrationReport | None = None,
 ) -> Report:
     """Report a plan, and what came of it where `weights` are given."""
     decisions = plan.decisions
@@ -156,11 +167,13 @@ def make_report(
         weights=tuple(records),
         memory=memory,
         seconds=seconds,
+        calibration=calibration,
     )
 
 
-def weight_record(decision: Decision, error: WeightError | None = None, seconds: float | None = None) -> WeightRecord:
-    """The record of one finished weight; `error` and `seconds` are None for BF16."""
+def weight_record(decision: Decision, note: WeightNote | None = None) -> WeightRecord:
+    """The record of one weight; `note` is what is known once it is quantized."""
+    error = None if note is None else note.error
     return WeightRecord(
         name=decision.name,
         role=decision.role,
@@ -174,8 +187,13 @@ def weight_record(decision: Decision, error: WeightError | None = None, seconds:
         scale_max=None if error is None else error.scale_max,
         relative_error=None if error is None else error.relative_error,
         sqnr_db=None if error is None or not error.squared_error else error.sqnr_db,
-        seconds=seconds,
+        seconds=None if note is None else note.seconds,
+        calibration=None if note is None else _calibration_record(note.calibration),
     )
+
+
+def _calibration_record(content: Mapping[str, Any] | None) -> CalibrationRecord | None:
+    return None if content is None else CalibrationRecord(**content)
 
 
 def _totals(decisions: Sequence[Decision]) -> Totals:

@@ -1,0 +1,91 @@
+"""What a calibration holds in memory at its worst moment, known before it starts.
+
+Everything but the weights of one input, their sums and the solver's copies is bounded by constants: hidden states are
+in files and pass in chunks.
+
+Shape letters: H residual width, K in, N out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from llama4_quant.calibration.settings import SolverSettings
+from llama4_quant.calibration.solve import ROW_ELEMENTS
+from llama4_quant.config import TextConfig
+from llama4_quant.errors import UsageError
+from llama4_quant.plan import Plan
+from llama4_quant.work import BASE_BYTES, BYTES_PER_DECISION, MemoryUse
+
+_CHUNK_BYTES = 16 * 2**20
+_CHUNKS = 24
+"""Chunks of activations that are alive at the same time, at most: inputs of both models, and what is made of them."""
+_SQUARES = 6
+"""K x K matrices beside the sums: ordered, damped, factor, inverse, and what LAPACK copies."""
+_ROW_BUFFERS = 8
+"""Copies of the rows in hand in the solver."""
+_SLACK = 256 * 2**20
+"""Threads, their buffers for packed operands, and what the allocator keeps."""
+
+
+def with_calibration(memory: MemoryUse, plan: Plan, settings: SolverSettings, longest: int) -> MemoryUse:
+    """Memory of a conversion that calibrates too.
+
+    Args:
+        memory: of its data-free part.
+        plan: of the conversion.
+        settings: how weights are solved.
+        longest: tokens of the longest sample.
+
+    Raises:
+        UsageError: the calibration does not fit; the message names the smallest size that does.
+    """
+    needed = calibration_bytes(plan, settings, longest)
+    if needed > memory.limit:
+        raise UsageError(
+            f"--max-memory {memory.limit:,} bytes is too little to calibrate: one expert with its Hessian needs "
+            f"{needed:,}; give --max-memory {-(-needed // 2**20)}MiB or more, a shorter --max-seq-length, or "
+            "--algorithm rtn"
+        )
+    return replace(
+        memory,
+        predicted=max(memory.predicted, needed),
+        smallest=max(memory.smallest, -(-needed // 2**20) * 2**20),
+    )
+
+
+def calibration_bytes(plan: Plan, settings: SolverSettings, longest: int) -> int:
+    """The most that the calibration of a plan holds, in bytes over what the interpreter holds anyway."""
+    text = plan.config.text
+    base = BASE_BYTES + _SLACK + BYTES_PER_DECISION * len(plan.decisions)
+    activations = max(_CHUNKS * _CHUNK_BYTES, 12 * 4 * longest * _widest(text))
+    return base + activations + max(_stage_bytes(settings, *stage) for stage in _stages(text))
+
+
+def _stages(text: TextConfig) -> Iterator[tuple[int, int, int, int, int]]:
+    """(K, N of all weights with that input, N of the largest, H if it writes to the residual, other weights held)."""
+    hidden, heads = text.hidden_size, text.num_attention_heads * text.head_dim
+    keys = text.num_key_value_heads * text.head_dim
+    yield hidden, heads + 2 * keys, heads, 0, 0
+    yield heads, hidden, hidden, hidden, 0
+    widths = {text.intermediate_size} if text.moe_layers else set()
+    if len(text.moe_layers) < text.num_hidden_layers:
+        widths.add(text.intermediate_size_mlp)
+    for width in sorted(widths):
+        yield hidden, 2 * width, width, 0, 0
+        yield width, hidden, hidden, hidden, 2 * width * hidden
+
+
+def _stage_bytes(
+    settings: SolverSettings, num_inputs: int, num_outputs: int, largest: int, residual: int, others: int
+) -> int:
+    sums = num_inputs**2 * (2 if settings.correct else 1) + (residual * num_inputs if settings.correct else 0)
+    squares = _SQUARES * num_inputs**2
+    pairs = 2 * (num_outputs * num_inputs + others)
+    one = 5 * largest * num_inputs  # corrected weight, its drift, codes, the rounded one, and differences
+    rows = _ROW_BUFFERS * min(largest * num_inputs, ROW_ELEMENTS)
+    return 4 * (sums + squares + pairs + one + rows)
+
+
+def _widest(text: TextConfig) -> int:
+    heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    return max(text.hidden_size, heads)
