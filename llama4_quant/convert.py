@@ -230,7 +230,7 @@ def output_config(plan: Plan, reader: CheckpointReader | None = None) -> dict[st
 
 def _fingerprint(reader: CheckpointReader, plan: Plan, max_shard_size: int) -> dict[str, Any]:
     """Everything that decides the bytes of the output."""
-    copied = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in side_files(reader.path)}
+    copied = {path.name: _sha256(path) for path in side_files(reader.path)}
     return {
         "source": {**reader.facts, "copied": copied},
         "scheme": None if plan.scheme is None else dataclasses.asdict(plan.scheme),
@@ -241,6 +241,11 @@ def _fingerprint(reader: CheckpointReader, plan: Plan, max_shard_size: int) -> d
         },
         "version": {"llama4_quant": __version__},
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _share(

@@ -353,7 +353,7 @@ def test_defaults_of_params() -> None:
     ("changes", "message"),
     [
         ({"dim": "5120"}, "params.json: dim is '5120', expected an integer"),
-        ({"n_layers": 10**9}, "n_layers is 1000000000, expected an integer from 1 to 4096"),
+        ({"n_layers": 10**9}, "n_layers is 1000000000, expected an integer from 1 to 1024"),
         ({"vocab_size": 95}, "vocab_size is 95, but the embeddings .* have 96 rows"),
         ({"lora_args": {"rank": 8}}, "lora_args is .*; start from the BF16 model"),
         ({"quantization_args": {"scheme": None, "group_size": 32}}, "quantization_args is"),
