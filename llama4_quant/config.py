@@ -231,7 +231,9 @@ def _moe_layers(text: Fields, num_layers: int) -> tuple[int, ...]:
     listed = text.get("moe_layers")
     layers = moe_layers_of(step, num_layers) if listed is None else text.integers("moe_layers", most=MAX_LAYERS)
     if any(layer >= num_layers for layer in layers):
-        raise ConfigError(f"config.json: moe_layers {shown(list(layers))} names a layer beyond the model's {num_layers}")
+        raise ConfigError(
+            f"config.json: moe_layers {shown(list(layers))} names a layer beyond the model's {num_layers}"
+        )
     return tuple(sorted(set(layers)))
 
 

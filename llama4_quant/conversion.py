@@ -69,8 +69,8 @@ class Conversion:
             return self._weight_records(items)
         except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as problem:
             raise OutputError(
-                f"{self._writer.out}: the journal of this conversion is damaged ({shown(problem)}); give --resume never "
-                "to delete what is there and start anew"
+                f"{self._writer.out}: the journal of this conversion is damaged ({shown(problem)}); give --resume "
+                "never to delete what is there and start anew"
             ) from problem
 
     def _weight_records(self, items: Sequence[WorkItem]) -> tuple[WeightRecord, ...]:

@@ -170,7 +170,7 @@ def convert(
             conversion.run(items, mine, memory, progress)
             return _publish(
                 writer,
-                num_items=len(items),
+                items=items,
                 report=lambda: make_report(
                     plan,
                     str(source),
@@ -260,7 +260,7 @@ def _share(
 def _publish(
     writer: CheckpointWriter,
     *,
-    num_items: int,
+    items: Sequence[WorkItem],
     report: Callable[[], Report],
     config: dict[str, dict[str, Any]],
     copies: dict[str, Path],
@@ -271,14 +271,14 @@ def _publish(
         with writer.turn() as turn:
             if not turn.here:
                 return Report.from_json(read_json(writer.out / REPORT_NAME))
-            num_missing = num_items - len(writer.records())
+            num_missing = len({item.id for item in items} - writer.records().keys())
             if not num_missing:
                 made = report()
                 writer.finish({REPORT_NAME: made.to_json(), **config}, copies)
                 return made
         if not others:
             raise OutputError(
-                f"{writer.out}: {num_missing} of {num_items} pieces of work are missing, because another process of "
+                f"{writer.out}: {num_missing} of {len(items)} pieces of work are missing, because another process of "
                 "this conversion has ended; run it again: it resumes"
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -242,7 +242,8 @@ def _same_weight(by_name: dict[str, StoredWeight], piece: Piece) -> StoredWeight
     weight = by_name.get(piece.decision.name)
     if weight is None or weight.shape != piece.decision.shape:
         raise CheckpointError(
-            f"{piece.decision.name}: not the same weight in the output as in the source, which is not what it was made of"
+            f"{piece.decision.name}: the output and the source are of different models; give the checkpoint that the "
+            "output was made of"
         )
     return weight
 

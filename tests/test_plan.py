@@ -166,7 +166,10 @@ def test_whole_fusions_are_not_noted(ignore: str) -> None:
     ("changes", "message"),
     [
         ({"hidden_size": 10**12}, "hidden_size is 1000000000000, expected an integer from 1 to 1048576"),
-        ({"hidden_size": 2**20, "intermediate_size_mlp": 2**20, "num_hidden_layers": 1024}, r"sizes of a model of [\d,]+ weights"),
+        (
+            {"hidden_size": 2**20, "intermediate_size_mlp": 2**20, "num_hidden_layers": 1024},
+            r"sizes of a model of [\d,]+ weights",
+        ),
         ({"hidden_size": 2**20, "vocab_size": 2**24}, r"a model of 35,\d{3},[\d,]+ weights; expected at most 8,796,"),
         ({"num_attention_heads": 2**19, "head_dim": 4}, "head_dim is 4, expected an integer from 1 to 2"),
     ],

@@ -77,8 +77,8 @@ def read_own(path: Path, most: int) -> bytes:
 
 def _foreign(path: Path) -> str:
     return (
-        f"{path}: expected a file made by llama4-quant, found a link, folder, device or shared file; find out who put it "
-        "there, and delete the folder"
+        f"{path}: expected a file made by llama4-quant, found a link, folder, device or shared file; find out who put "
+        "it there, and delete the folder"
     )
 
 

@@ -83,7 +83,9 @@ def _group(weight_map: object, path: Path) -> Mapping[str, frozenset[str]]:
             )
         groups.setdefault(file, set()).add(tensor)
     if len(groups) > MAX_SHARDS:
-        raise CheckpointError(f"{path}: names {len(groups):,} files, expected at most {MAX_SHARDS:,}; not a model's index")
+        raise CheckpointError(
+            f"{path}: names {len(groups):,} files, expected at most {MAX_SHARDS:,}; not a model's index"
+        )
     return {file: frozenset(groups[file]) for file in sorted(groups)}
 
 

@@ -39,6 +39,12 @@ def named(text: str) -> str:
     return text if text.isprintable() and len(text) <= 120 else shown(text)
 
 
+def one_line(text: object, limit: int = 300) -> str:
+    """What a library said, or a program in a checkpoint, as one short printable line."""
+    words = " ".join(str(text).split())
+    return _cut(words if words.isprintable() else ascii(words), limit)
+
+
 def _cut(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 

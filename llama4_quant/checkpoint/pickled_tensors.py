@@ -10,6 +10,7 @@ name but those which plain tensors need, is refused.
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -94,9 +95,7 @@ def read_pickle(data: bytes) -> Any:
     """
     machine = _Machine()
     try:
-        for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
-            if count >= MAX_OPERATIONS:
-                raise ForeignPickleError(f"it has more than {MAX_OPERATIONS:,} instructions")
+        for operation, argument, _ in islice(pickletools.genops(data), MAX_OPERATIONS):
             if operation.name == "STOP":
                 return machine.pop()
             machine.step(operation.name, argument)
@@ -104,7 +103,7 @@ def read_pickle(data: bytes) -> Any:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as problem:
         raise ForeignPickleError(f"{type(problem).__name__} in it") from problem
-    raise ForeignPickleError("it has no end")
+    raise ForeignPickleError(f"it has more than {MAX_OPERATIONS:,} instructions")
 
 
 class _Machine:
@@ -203,7 +202,17 @@ def _called(name: str, arguments: Any) -> Any:
 
 
 _CONSTANTS = frozenset(
-    ["BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING", "SHORT_BINUNICODE"]
+    [
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINFLOAT",
+        "BINUNICODE",
+        "SHORT_BINSTRING",
+        "BINSTRING",
+        "SHORT_BINUNICODE",
+    ]
 )
 _FIXED: MappingProxyType[str, Callable[[], Any]] = MappingProxyType(
     {

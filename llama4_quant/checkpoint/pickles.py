@@ -69,7 +69,9 @@ def read_contents(fd: int, path: Path) -> dict[str, StoredTensor]:
     records = _records(fd, path)
     pickled = next((name for name in records if name.endswith("/data.pkl")), None)
     if pickled is None:
-        raise CheckpointError(f"{path}: expected a file that torch.save wrote, and it has no data.pkl; download it again")
+        raise CheckpointError(
+            f"{path}: expected a file that torch.save wrote, and it has no data.pkl; download it again"
+        )
     root = pickled.removesuffix("data.pkl")
     order = _content(fd, records, f"{root}byteorder", default=b"little")
     if order != b"little":
@@ -89,8 +91,8 @@ def _load(pickled: bytes, path: Path) -> Any:
         return read_pickle(pickled)
     except ForeignPickleError as problem:
         raise CheckpointError(
-            f"{path}: the pickle in this file is damaged, or holds more than tensors ({problem}), which could run code; "
-            "it was not loaded: download it again from a source that you trust"
+            f"{path}: the pickle in this file is damaged, or holds more than tensors ({problem}), which could run "
+            "code; it was not loaded: download it again from a source that you trust"
         ) from problem
 
 

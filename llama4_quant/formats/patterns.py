@@ -1,9 +1,9 @@
-"""Module names and `re:` patterns out of a config.json: matched, or refused where matching could take for ever.
+r"""Module names and `re:` patterns out of a config.json: matched, or refused where matching could take for ever.
 
 Python's `re` backtracks, so a pattern as short as `(a*)*b` needs years for a short name. The ways in which a pattern
 can match are counted before it is used, from its choices: a repeated item can end at every character of the name, an
 optional one has two ways, a group as many as it has alternatives; a repeated group is refused. What checkpoints have
-(`re:.*lm_head`, `re:.*layers\\.[0-9]+\\..*(q|k|v)_proj$`) is far below the limit.
+(`re:.*lm_head`, `re:.*layers\.[0-9]+\..*(q|k|v)_proj$`) is far below the limit.
 """
 
 import math
@@ -26,7 +26,9 @@ _NAME_LENGTH = 64
 _CLASS = r"\[\^?\]?(?:\\.|[^\]\\])*\]"
 _GROUP = r"\((?:\?(?:[:=!]|<[=!]|P<\w+>))?"
 _REPEAT = r"[*+]|\{[0-9]*,?[0-9]*\}"
-_TOKEN = re.compile(rf"(?P<group>{_GROUP})|(?P<end>\))|(?P<bar>\|)|(?P<repeat>{_REPEAT})|(?P<maybe>\?)|\\.|{_CLASS}|.", re.S)
+_TOKEN = re.compile(
+    rf"(?P<group>{_GROUP})|(?P<end>\))|(?P<bar>\|)|(?P<repeat>{_REPEAT})|(?P<maybe>\?)|\\.|{_CLASS}|.", re.DOTALL
+)
 
 
 class Patterns:

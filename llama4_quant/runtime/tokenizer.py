@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama4_quant.checkpoint.json_files import one_line
 from llama4_quant.errors import CheckpointError, UsageError
 
 Message = Mapping[str, Any]
@@ -59,7 +60,8 @@ class Tokenizer:
             wrapped = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # damaged files raise nearly anything, from Rust too
             raise CheckpointError(
-                f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); copy its files again"
+                f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {one_line(error)}); copy its files "
+                "again"
             ) from error
         return cls(wrapped)
 
@@ -124,7 +126,7 @@ class Tokenizer:
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
             )
         except Exception as error:  # templates are programs of their own
-            raise UsageError(f"the chat template does not take these messages: {error}") from error
+            raise UsageError(f"the chat template does not take these messages: {one_line(error)}") from error
         return prompt
 
     @staticmethod
