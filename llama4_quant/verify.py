@@ -17,7 +17,7 @@ from typing import Self
 import torch
 
 from llama4_quant.architecture import TensorSpec
-from llama4_quant.checkpoint.json_files import read_json
+from llama4_quant.checkpoint.json_files import dump_json, read_json
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME, FileDigest, has_self_checksum, read_manifest
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_source
@@ -161,7 +161,8 @@ def _check_report(path: Path) -> Iterator[Problem]:
     except CheckpointError as error:
         yield Problem(where=path.name, what=str(error))
         return
-    if not has_self_checksum(content):
+    written = dump_json(content)  # spaces count too
+    if not has_self_checksum(content) or path.stat().st_size != len(written) or path.read_bytes() != written:
         yield Problem(where=path.name, what="is not what was written: its checksum does not fit")
 
 

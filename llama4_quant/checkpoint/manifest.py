@@ -88,7 +88,8 @@ def read_manifest(folder: Path) -> tuple[FileDigest, ...]:
     """
     path = folder / MANIFEST_NAME
     content = read_json(path, CheckpointError)
-    if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+    version = content.get("version")
+    if content.get("format") != FORMAT or type(version) is not int or version != VERSION:
         raise CheckpointError(f"{path}: expected format {FORMAT} version {VERSION}; use a newer llama4-quant")
     written = canonical_json(content)
     if path.stat().st_size != len(written) or path.read_bytes() != written:

@@ -7,11 +7,17 @@ Every case lives in a folder of its own, which is also the working directory:
     victim.bin   somebody's file, which nobody may touch
 """
 
+import contextlib
+import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
+from checkpoint.meta_files import meta_shards, params_json, write_meta
 from checkpoints import make_checkpoint, multimodal_config, random_tensors, text_config
 
 from llama4_quant.conversion import Conversion
@@ -72,12 +78,26 @@ class _Stop(Exception):  # noqa: N818 - it stands for a killed process
 
 
 def make_bases(folder: Path) -> Bases:
-    """Make all sound checkpoints; some seconds."""
-    source = make_checkpoint(folder / "bf16", text_config(num_hidden_layers=2))
-    make_checkpoint(folder / "vision", multimodal_config(num_hidden_layers=1))
-    convert(source, folder / "w4a16", scheme="W4A16", max_shard_size="300kB")
-    convert(source, folder / "fp8", scheme="FP8_DYNAMIC")
-    _write_meta(folder / "meta")
+    """Make all sound checkpoints, the same bytes each time; some seconds."""
+    folder.mkdir(exist_ok=True)
+    clock = SimpleNamespace(perf_counter=lambda: 0.0)
+    with (
+        contextlib.chdir(folder),  # reports name their source as it was given
+        mock.patch("llama4_quant.convert.time", clock),
+        mock.patch("llama4_quant.conversion.time", clock),
+    ):
+        source = make_checkpoint(Path("bf16"), text_config(num_hidden_layers=2))
+        for path in source.iterdir():
+            os.utime(path, (0, 0))  # in the fingerprint of a conversion
+        _write_settings(make_checkpoint(Path("vision"), multimodal_config(num_hidden_layers=1)))
+        convert(source, "w4a16", scheme="W4A16", max_shard_size="300kB")
+        convert(source, "fp8", scheme="FP8_DYNAMIC")
+        _write_meta(Path("meta"))
+        _convert_in_part(source, "partial")
+    return Bases(folder)
+
+
+def _convert_in_part(source: Path, out: str) -> None:
     do, count = Conversion._do, [0]
 
     def stop_early(self: Conversion, *arguments: object) -> None:
@@ -86,18 +106,31 @@ def make_bases(folder: Path) -> Bases:
             raise _Stop
         do(self, *arguments)
 
-    Conversion._do = stop_early
-    try:
-        convert(source, folder / "partial", workers=1)
-    except _Stop:
-        pass
-    finally:
-        Conversion._do = do
-    return Bases(folder)
+    with mock.patch.object(Conversion, "_do", stop_early), contextlib.suppress(_Stop):
+        convert(source, out, workers=1)
+
+
+def _write_settings(folder: Path) -> None:
+    """How images are cut and text is sampled, with every key that is read."""
+    image = {
+        "size": {"height": 28, "width": 28},
+        "max_patches": 4,
+        "resize_to_max_canvas": False,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 2,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+    }
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9, "max_new_tokens": 64}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image))
+    (folder / "processor_config.json").write_text(json.dumps({"image_token": "<|image|>", "patch_token": "<|patch|>"}))
+    tokens = {"eos_token_id": [1, 2], "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(sampling | tokens))
 
 
 def _write_meta(folder: Path) -> None:
-    from checkpoint.meta_files import meta_shards, params_json, write_meta  # noqa: PLC0415
-
     config = multimodal_config(num_hidden_layers=2)
     write_meta(folder, params_json(config), meta_shards(config, random_tensors(config), 1, fused=True))

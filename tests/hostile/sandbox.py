@@ -39,6 +39,11 @@ class Process:
         self._buffer = b""
         self.greeting = self.read(TIMEOUT * 3)
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def ask(self, request: Mapping[str, Any], timeout: float = TIMEOUT) -> dict[str, Any]:
         """One request, one answer.
 
