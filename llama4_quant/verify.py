@@ -29,7 +29,7 @@ from llama4_quant.quantizers.error import WeightError, measure
 from llama4_quant.quantizers.lanes import rows_per_scale
 from llama4_quant.report import REPORT_NAME
 from llama4_quant.scheme import FP8_BLOCK_SIZE
-from llama4_quant.stored import StoredWeight, quantized_weights
+from llama4_quant.stored import StoredWeight, quantization_section, quantized_weights
 from llama4_quant.stream import Piece, Progress, read_pieces
 from llama4_quant.verification import (
     Problem,
@@ -113,7 +113,7 @@ class _HuggingFaceOutput:
 def _stored(reader: CheckpointReader) -> tuple[StoredWeight, ...]:
     """Every weight, checked against config.json; of a checkpoint without quantization, every tensor."""
     config = Llama4Config.from_dict(reader.config)
-    if config.quantization:
+    if quantization_section(config) is not None:
         return quantized_weights(config, reader.tensors)
     plan = make_plan(config, None, reader.tensors)
     return tuple(_whole_tensor(tensor.spec) for tensor in plan.tensors)

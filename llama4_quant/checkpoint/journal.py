@@ -208,6 +208,8 @@ def _record(value: dict[str, Any]) -> Record | None:
         return None
     if not all(isinstance(part, list) and [type(field) for field in part] in _RANGE_TYPES for part in ranges):
         return None
+    if not all(0 <= start <= stop < 2**63 for _, start, stop, *_ in ranges):
+        return None
     parts = tuple(
         WrittenRange(name=name, start=start, stop=stop, sha256=sha, crc32=crc) for name, start, stop, sha, crc in ranges
     )

@@ -93,6 +93,7 @@ QUANTIZATION: dict[str, tuple[dict[str, Any], str]] = {
     "pattern of a megabyte": ({"ignore": ["re:" + "a" * 10**6]}, "a pattern that could take too long"),
     "pattern of brackets": ({"ignore": ["re:" + "(" * 400]}, "could take too long|is not a regular expression"),
     "a thousand patterns": ({"ignore": [f"re:{n}" for n in range(1000)]}, "1,000 patterns, expected at most"),
+    "groups in a string": ({"config_groups": "group_0"}, "config_groups is 'group_0', expected an object"),
     "ignore a number": ({"ignore": 1}, "ignore is not a list of strings"),
     "no groups": ({"config_groups": None}, "config_groups is None, expected an object"),
     "groups a list": ({"config_groups": [1]}, r"config_groups is \[1\], expected an object"),
@@ -127,6 +128,11 @@ SETTINGS: dict[str, tuple[str, object, str]] = {
         "preprocessor_config.json",
         {"size": {"height": 28, "width": 28}, "image_mean": ["a"] * 3},
         "image_mean",
+    ),
+    "std of 4,000 digits": (
+        "preprocessor_config.json",
+        {"size": {"height": 28, "width": 28}, "image_std": [10**4000, 1, 1]},
+        "image_std is",
     ),
     "std of zeros": (
         "preprocessor_config.json",

@@ -94,6 +94,8 @@ UNREADABLE_LINES = {
     "range too short": b'{"item": 1, "ranges": [["a", 1]], "notes": []}',
     "range of strings": b'{"item": 1, "ranges": [["a", "0", "1", "x"]], "notes": []}',
     "range of floats": b'{"item": 1, "ranges": [["a", 0.0, 1.5, "x"]], "notes": []}',
+    "range backwards": b'{"item": 1, "ranges": [["a", 2, 1, "x"]], "notes": []}',
+    "range of 4,000 digits": b'{"item": 1, "ranges": [["a", 0, ' + b"9" * 4000 + b', "x"]], "notes": []}',
     "synced a string": b'{"synced": "x"}',
     "synced of 4,000 digits": b'{"synced": ' + b"9" * 4000 + b"}",
     "session a list": b'{"session": [1], "boot": {}}',
@@ -130,6 +132,12 @@ def _staging_cases() -> list[Case]:
             JOURNAL,
             _record(ranges=[["model.norm.weight", 0, 2**62, "x"]]),
             "bytes 0 to 4,611,686,018,427,387,904 are not part of the output",
+        ),
+        _staged(
+            "journal with a terminal escape",
+            JOURNAL,
+            _record(ranges=[["model.\x1b[2J", 0, 1, "x"]]),
+            r"'model\.\\x1b\[2J': bytes 0 to 1 are not part of the output",
         ),
         _staged("journal that says all is done", JOURNAL, _record(), "tensors not complete|journal .* damaged"),
     ]
@@ -232,6 +240,12 @@ def _finished_cases() -> list[Case]:
             "config of absurd size",
             lambda out: edit_json(out / "config.json", lambda c: c.update(hidden_size=10**12)),
             "hidden_size is 1000000000000",
+            (*both, "load-out"),
+        ),
+        _finished(
+            "config with a quantization of 1",
+            lambda out: edit_json(out / "config.json", lambda c: c.update(quantization_config=1)),
+            "quantization_config is 1, expected an object",
             (*both, "load-out"),
         ),
         _finished(
