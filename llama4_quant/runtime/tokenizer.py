@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama4_quant.checkpoint.json_files import one_line
 from llama4_quant.errors import CheckpointError, UsageError
+from llama4_quant.runtime.bounded import BoundedError, bounded
 
 Message = Mapping[str, Any]
 """A role and a content: a text, or a list of {"type": "image"} and {"type": "text", "text": ...}."""
@@ -108,26 +109,28 @@ class Tokenizer:
     def render_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
         """A chat as text, with <|begin_of_text|> and one <|image|> per image.
 
-        The template comes with the checkpoint and runs in transformers' sandbox.
+        The template comes with the checkpoint: it runs in transformers' sandbox, with bounded time and memory.
 
         Args:
             messages: the chat so far.
             generation_prompt: end ready for the assistant's answer; without it, after the last message.
 
         Raises:
-            UsageError: no template, no message, or the template refuses the messages.
+            UsageError: no template, no message, or the template refuses the messages or takes too long.
         """
         if not self.has_chat_template:
             raise UsageError("this checkpoint has no chat template; complete a plain prompt instead")
         if not messages:
             raise UsageError("a chat needs at least one message")
+        conversation = [dict(message) for message in messages]
         try:
-            prompt: str = self._wrapped.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
+            return bounded(
+                lambda: self._wrapped.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=generation_prompt
+                )
             )
-        except Exception as error:  # templates are programs of their own
+        except BoundedError as error:
             raise UsageError(f"the chat template does not take these messages: {one_line(error)}") from error
-        return prompt
 
     @staticmethod
     def _special(token_id: object) -> int | None:

@@ -25,6 +25,13 @@ TEMPLATES = {
     "extends": ("{% extends '/etc/passwd' %}", REFUSED),
     "changes the messages": ("{{ messages.append(1) }}", REFUSED + "unsafe"),
     "range of 10^9": ("{{ range(10**9) | list }}", REFUSED + "[Rr]ange"),
+    "20 GB of text": ("{{ 'a' * 20000000000 }}", REFUSED + "it took more than 512 MiB"),
+    "20 GB of padding": ("{{ 'a'.ljust(20000000000) }}", REFUSED + "it took more than 512 MiB"),
+    "20 MB of text": ("{{ 'a' * 20000000 }}", REFUSED + "it wrote more than 16 MiB"),
+    "loops without end": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        REFUSED + "it took more than 5 s",
+    ),
     "not a template": ("{% for %}", REFUSED),
     "endless": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", REFUSED + "recursion"),
     "message with a terminal escape": ("{{ raise_exception('\x1b[2J' * 1000) }}", REFUSED),
