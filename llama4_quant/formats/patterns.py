@@ -16,7 +16,7 @@ from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.errors import ConfigError
 
 PREFIX = "re:"
-MAX_PATTERNS = 64
+MAX_PATTERNS = 256
 MAX_LENGTH = 500
 MAX_WAYS = 2**20
 """Some milliseconds for a name; `.*a.*b.*c.*d` has 2^19.4."""

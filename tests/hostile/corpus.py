@@ -9,17 +9,19 @@ from hostile.output_cases import output_cases
 from hostile.pickle_cases import pickle_cases
 from hostile.tokenizer_cases import tokenizer_cases
 
+KINDS = {
+    "headers": header_cases,
+    "texts of JSON": json_cases,
+    "folders": folder_cases,
+    "configurations": config_cases,
+    "pickles": pickle_cases,
+    "outputs": output_cases,
+    "tokenizers and templates": tokenizer_cases,
+}
+
 
 def corpus() -> list[Case]:
     """All cases; names are unique."""
-    cases = [
-        *header_cases(),
-        *json_cases(),
-        *folder_cases(),
-        *config_cases(),
-        *pickle_cases(),
-        *output_cases(),
-        *tokenizer_cases(),
-    ]
+    cases = [case for cases_of_kind in KINDS.values() for case in cases_of_kind()]
     assert len({case.name for case in cases}) == len(cases)
     return cases

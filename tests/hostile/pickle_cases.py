@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,8 @@ def _record_twice(path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(shard, buffer)
     path.write_bytes(buffer.getvalue())
-    with zipfile.ZipFile(path, "a") as file:
+    with zipfile.ZipFile(path, "a") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile notices
         file.writestr(f"{file.namelist()[0].partition('/')[0]}/data.pkl", pickle.dumps({}))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hostile.cases import COMMANDS, VICTIM, Bases, Case, make_bases
-from hostile.corpus import corpus
+from hostile.corpus import KINDS, corpus
 from hostile.output_cases import JOURNAL, UNREADABLE_LINES, line, session
 from hostile.sandbox import Process, snapshot
 from resilience.resilience_tools import contents
@@ -36,7 +36,11 @@ def worker() -> Iterator[Process]:
     process.close()
 
 
-def test_the_corpus_is_large() -> None:
+def test_the_corpus_is_as_large_as_the_docs_say() -> None:
+    text = " ".join((Path(__file__).parents[2] / "docs" / "security.md").read_text().split())
+    assert f"{len(CASES)} hostile inputs" in text
+    for kind, cases in KINDS.items():
+        assert f"{len(cases())} {kind}" in text
     assert len(CASES) >= 60
 
 
