@@ -13,13 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama4_quant.checkpoint.json_files import read_json
+from llama4_quant.checkpoint.json_files import read_json, shown
 from llama4_quant.config_fields import Fields
+from llama4_quant.config_limits import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_SIDE,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    check_parameters,
+    num_text_parameters,
+    num_vision_parameters,
+)
 from llama4_quant.errors import ConfigError
-
-MAX_LAYERS = 4096
-MAX_EXPERTS = 65536
-"""Of all layers together; Maverick has 3,072."""
 
 TEXT_ONLY = "Llama4ForCausalLM"
 MULTIMODAL = "Llama4ForConditionalGeneration"
@@ -159,7 +165,7 @@ class Llama4Config:
             return cls(text=_text(top), vision=None, image_token_index=None, raw=raw)
         if model_type != "llama4":
             raise ConfigError(
-                f"config.json: model_type is {model_type!r}, expected 'llama4' or 'llama4_text'; llama4-quant "
+                f"config.json: model_type is {shown(model_type)}, expected 'llama4' or 'llama4_text'; llama4-quant "
                 "converts Llama 4 checkpoints (Scout, Maverick and models of the same architecture) only"
             )
         return cls(
@@ -172,18 +178,18 @@ class Llama4Config:
 
 def _text(text: Fields) -> TextConfig:
     num_layers = text.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
-    hidden_size = text.integer("hidden_size")
-    num_heads = text.integer("num_attention_heads")
+    hidden_size = text.integer("hidden_size", high=MAX_WIDTH)
+    num_heads = text.integer("num_attention_heads", high=MAX_WIDTH)
     num_experts = text.integer("num_local_experts", 16, high=MAX_EXPERTS)
     config = TextConfig(
-        vocab_size=text.integer("vocab_size"),
+        vocab_size=text.integer("vocab_size", high=MAX_VOCABULARY),
         hidden_size=hidden_size,
-        intermediate_size=text.integer("intermediate_size"),
-        intermediate_size_mlp=text.integer("intermediate_size_mlp", 16384),
+        intermediate_size=text.integer("intermediate_size", high=MAX_WIDTH),
+        intermediate_size_mlp=text.integer("intermediate_size_mlp", 16384, high=MAX_WIDTH),
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=text.integer("num_key_value_heads", num_heads),
-        head_dim=text.integer("head_dim", max(1, hidden_size // num_heads)),
+        head_dim=text.integer("head_dim", max(1, hidden_size // num_heads), high=MAX_WIDTH // num_heads),
         rms_norm_eps=text.number("rms_norm_eps", 1e-5),
         num_experts_per_tok=text.integer("num_experts_per_tok", 1, high=num_experts),
         num_local_experts=num_experts,
@@ -215,6 +221,7 @@ def _text(text: Fields) -> TextConfig:
             f"{text.where}: {len(config.moe_layers)} MoE layers of {num_experts} experts; expected at most "
             f"{MAX_EXPERTS} experts together"
         )
+    check_parameters(num_text_parameters(config), text.where)
     return config
 
 
@@ -222,9 +229,11 @@ def _moe_layers(text: Fields, num_layers: int) -> tuple[int, ...]:
     """`moe_layers` wins over `interleave_moe_layer_step`."""
     step = text.integer("interleave_moe_layer_step", 1, low=0)  # 0: no MoE layer (vLLM's reading)
     listed = text.get("moe_layers")
-    layers = moe_layers_of(step, num_layers) if listed is None else text.integers("moe_layers")
+    layers = moe_layers_of(step, num_layers) if listed is None else text.integers("moe_layers", most=MAX_LAYERS)
     if any(layer >= num_layers for layer in layers):
-        raise ConfigError(f"config.json: moe_layers {list(layers)} names a layer beyond the model's {num_layers}")
+        raise ConfigError(
+            f"config.json: moe_layers {shown(list(layers))} names a layer beyond the model's {num_layers}"
+        )
     return tuple(sorted(set(layers)))
 
 
@@ -234,7 +243,7 @@ def moe_layers_of(step: int, num_layers: int) -> tuple[int, ...]:
 
 
 def _rope_layers(text: Fields, num_layers: int) -> tuple[bool, ...]:
-    listed = text.integers("no_rope_layers")
+    listed = text.integers("no_rope_layers", most=MAX_LAYERS)
     if not listed:
         interval = text.integer("no_rope_layer_interval", 4)
         return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
@@ -254,7 +263,7 @@ def _rope_scaling(rope: Fields) -> RopeScaling | None:
     if rope_type == "default":
         return None
     if rope_type != "llama3":
-        raise ConfigError(f"{rope.where}: rope_type is {rope_type!r}; Llama 4 uses 'llama3' or 'default'")
+        raise ConfigError(f"{rope.where}: rope_type is {shown(rope_type)}; Llama 4 uses 'llama3' or 'default'")
     return RopeScaling(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
@@ -266,20 +275,21 @@ def _rope_scaling(rope: Fields) -> RopeScaling | None:
 def _vision(vision: Fields) -> VisionConfig:
     rope = _rope(vision)
     config = VisionConfig(
-        hidden_size=vision.integer("hidden_size", 768),
+        hidden_size=vision.integer("hidden_size", 768, high=MAX_WIDTH),
         num_hidden_layers=vision.integer("num_hidden_layers", 34, low=1, high=MAX_LAYERS),
         num_attention_heads=vision.integer("num_attention_heads", 16),
-        num_channels=vision.integer("num_channels", 3),
-        intermediate_size=vision.integer("intermediate_size", 5632),
-        vision_output_dim=vision.integer("vision_output_dim", 7680),
+        num_channels=vision.integer("num_channels", 3, high=64),
+        intermediate_size=vision.integer("intermediate_size", 5632, high=MAX_WIDTH),
+        vision_output_dim=vision.integer("vision_output_dim", 7680, high=MAX_WIDTH),
         image_size=_square(vision, "image_size", 448),
         patch_size=_square(vision, "patch_size", 14),
         norm_eps=vision.number("norm_eps", 1e-5),
         pixel_shuffle_ratio=vision.number("pixel_shuffle_ratio", 0.5),
-        projector_input_dim=vision.integer("projector_input_dim", 4096),
-        projector_output_dim=vision.integer("projector_output_dim", 4096),
+        projector_input_dim=vision.integer("projector_input_dim", 4096, high=MAX_WIDTH),
+        projector_output_dim=vision.integer("projector_output_dim", 4096, high=MAX_WIDTH),
         rope_theta=rope.number("rope_theta", vision.number("rope_theta", 10_000.0)),
     )
+    check_parameters(num_vision_parameters(config), vision.where)
     _check_vision(config, vision.where)
     return config
 
@@ -311,8 +321,8 @@ def _check_vision(config: VisionConfig, where: str) -> None:
 def _square(vision: Fields, name: str, default: int) -> int:
     """A side length that may also be spelled [side, side]."""
     if not isinstance(vision.get(name), list):
-        return vision.integer(name, default)
-    sides = vision.integers(name)
-    if len(sides) != 2 or sides[0] != sides[1] or sides[0] < 1:
+        return vision.integer(name, default, high=MAX_SIDE)
+    sides = vision.integers(name, most=2)
+    if len(sides) != 2 or sides[0] != sides[1] or not 1 <= sides[0] <= MAX_SIDE:
         raise ConfigError(f"{vision.where}: {name} {list(sides)} is not square; Llama 4's tiles are")
     return sides[0]

@@ -1,13 +1,16 @@
 """Typed access to a section of untrusted JSON: every value is checked for type and range when it is read."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llama4_quant.checkpoint.json_files import named, shown
 from llama4_quant.errors import ConfigError
 
 LARGEST_INTEGER = 2**40
+MAX_INTEGERS = 8192
+SMALLEST_NUMBER, LARGEST_NUMBER = 1e-30, 1e30
+"""Squares, quotients and sums of such numbers are finite in Python's floats, and nearly all in float32."""
 _REQUIRED = object()
 
 
@@ -31,7 +34,7 @@ class Fields:
         value = self.get(name)
         if not isinstance(value, Mapping):
             raise self._error(name, "an object", value)
-        return Fields(value, f"{self.where}: {name}")
+        return Fields(value, f"{self.where}: {named(name)}")
 
     def string(self, name: str, default: str) -> str:
         """A string."""
@@ -60,19 +63,22 @@ class Fields:
             return None
         return default if name not in self.values else self.integer(name, low=low)
 
-    def integers(self, name: str) -> tuple[int, ...]:
-        """A list of non-negative integers, or a single one; absent is empty."""
+    def integers(self, name: str, *, most: int = MAX_INTEGERS) -> tuple[int, ...]:
+        """A list of at most `most` non-negative integers, or a single one; absent is empty."""
         value = self.get(name)
         items = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
-            raise self._error(name, "a list of non-negative integers", value)
+        if len(items) > most:
+            raise ConfigError(f"{self.where}: {name} has {len(items):,} items, expected at most {most:,}")
+        if any(type(item) is not int or not 0 <= item <= LARGEST_INTEGER for item in items):
+            raise self._error(name, f"a list of integers from 0 to {LARGEST_INTEGER}", value)
         return tuple(items)
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """A finite number above zero."""
+        """A number above zero, of a size that float32 can hold."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise self._error(name, "a finite number above zero", value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not SMALLEST_NUMBER <= value <= LARGEST_NUMBER:
+            raise self._error(name, f"a number from {SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g}", value)
         return float(value)
 
     def _value(self, name: str, default: Any) -> Any:
@@ -84,7 +90,4 @@ class Fields:
         return default
 
     def _error(self, name: str, expected: str, found: Any) -> ConfigError:
-        text = repr(found)
-        return ConfigError(
-            f"{self.where}: {name} is {text if len(text) < 80 else text[:77] + '...'}, expected {expected}"
-        )
+        return ConfigError(f"{self.where}: {name} is {shown(found)}, expected {expected}")

@@ -7,8 +7,10 @@ from contextlib import closing
 import torch
 
 from llama4_quant.checkpoint.journal import WrittenRange
+from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.writer import CheckpointWriter
+from llama4_quant.errors import OutputError
 from llama4_quant.formats.compressed_tensors import EncodedRows
 from llama4_quant.notes import WeightNote
 from llama4_quant.plan import Plan
@@ -64,7 +66,20 @@ class Conversion:
         self._writer.sync()
 
     def weight_records(self, items: Sequence[WorkItem]) -> tuple[WeightRecord, ...]:
-        """A record for every weight, from the journals; all items must be finished."""
+        """A record for every weight, from the journals; all items must be finished.
+
+        Raises:
+            OutputError: a journal does not hold what a conversion writes.
+        """
+        try:
+            return self._weight_records(items)
+        except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as problem:
+            raise OutputError(
+                f"{self._writer.out}: the journal of this conversion is damaged ({shown(problem)}); give --resume "
+                "never to delete what is there and start anew"
+            ) from problem
+
+    def _weight_records(self, items: Sequence[WorkItem]) -> tuple[WeightRecord, ...]:
         records = self._writer.records()
         merged: dict[str, WeightNote] = {}
         for item in items:  # in order, so that sums of floats do not depend on who was first

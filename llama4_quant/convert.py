@@ -188,7 +188,7 @@ def convert(
                 calibrating = prepared.run(plan, items, reader, writer, backend, progress)
             return _publish(
                 writer,
-                num_items=len(items),
+                items=items,
                 report=lambda: make_report(
                     plan,
                     str(source),
@@ -263,7 +263,7 @@ def _fingerprint(
     reader: CheckpointReader, plan: Plan, max_shard_size: int, prepared: PreparedCalibration | None
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the output."""
-    copied = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in side_files(reader.path)}
+    copied = {path.name: _sha256(path) for path in side_files(reader.path)}
     return {
         "source": {**reader.facts, "copied": copied},
         "scheme": None if plan.scheme is None else dataclasses.asdict(plan.scheme),
@@ -275,6 +275,11 @@ def _fingerprint(
         **({} if prepared is None else {"calibration": prepared.fingerprint}),
         "version": {"llama4_quant": __version__},
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _share(
@@ -289,7 +294,7 @@ def _share(
 def _publish(
     writer: CheckpointWriter,
     *,
-    num_items: int,
+    items: Sequence[WorkItem],
     report: Callable[[], Report],
     config: dict[str, dict[str, Any]],
     copies: dict[str, Path],
@@ -300,14 +305,14 @@ def _publish(
         with writer.turn() as turn:
             if not turn.here:
                 return Report.from_json(read_json(writer.out / REPORT_NAME))
-            num_missing = num_items - len(writer.records())
+            num_missing = len({item.id for item in items} - writer.records().keys())
             if not num_missing:
                 made = report()
                 writer.finish({REPORT_NAME: made.to_json(), **config}, copies)
                 return made
         if not others:
             raise OutputError(
-                f"{writer.out}: {num_missing} of {num_items} pieces of work are missing, because another process of "
+                f"{writer.out}: {num_missing} of {len(items)} pieces of work are missing, because another process of "
                 "this conversion has ended; run it again: it resumes"
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)

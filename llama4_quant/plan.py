@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from llama4_quant.architecture import LinearSpec, Llama4Config, Role, TensorSpec, linear_specs, tensor_specs
+from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.layout import OutputTensor
 from llama4_quant.checkpoint.reader import TensorEntry
 from llama4_quant.errors import CheckpointError, SchemeError
@@ -222,9 +223,9 @@ def check_not_quantized(config: Llama4Config) -> None:
     """Raise CheckpointError if config.json says that the source is quantized already."""
     found = config.quantization
     if found:
-        method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "unknown"
+        method = shown(found.get("quant_method", "unknown") if isinstance(found, Mapping) else "unknown")
         raise CheckpointError(
-            f"the source is already quantized (config.json: quantization_config, quant_method {method!r}); "
+            f"the source is already quantized (config.json: quantization_config, quant_method {method}); "
             "convert from the BF16 checkpoint instead"
         )
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from llama4_quant.architecture import LinearSpec, Llama4Config, Role, TensorSpec, tensor_specs
+from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.reader import TensorEntry
-from llama4_quant.errors import CheckpointError
+from llama4_quant.errors import CheckpointError, ConfigError
 from llama4_quant.formats import compressed_tensors
 from llama4_quant.plan import some_tensors
 from llama4_quant.scheme import SchemeLookup, WeightScheme
@@ -65,9 +66,15 @@ def quantized_weights(config: Llama4Config, entries: Mapping[str, TensorEntry]) 
 
 
 def quantization_section(config: Llama4Config) -> Mapping[str, object] | None:
-    """`quantization_config` of config.json, or None for a checkpoint that is not quantized."""
+    """`quantization_config` of config.json, or None for a checkpoint that is not quantized.
+
+    Raises:
+        ConfigError: it is no object.
+    """
     found = config.quantization
-    return found if isinstance(found, Mapping) and found else None
+    if found and not isinstance(found, Mapping):
+        raise ConfigError(f"config.json: quantization_config is {shown(found)}, expected an object")
+    return found or None
 
 
 def _weights_of(

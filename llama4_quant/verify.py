@@ -17,7 +17,7 @@ from typing import Self
 import torch
 
 from llama4_quant.architecture import TensorSpec
-from llama4_quant.checkpoint.json_files import read_json
+from llama4_quant.checkpoint.json_files import dump_json, read_json
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME, FileDigest, has_self_checksum, read_manifest
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_source
@@ -27,9 +27,9 @@ from llama4_quant.formats import compressed_tensors
 from llama4_quant.plan import make_plan
 from llama4_quant.quantizers.error import WeightError, measure
 from llama4_quant.quantizers.lanes import rows_per_scale
-from llama4_quant.quantizers.quantize import QuantizedWeight
 from llama4_quant.report import REPORT_NAME
-from llama4_quant.stored import StoredWeight, quantized_weights
+from llama4_quant.scheme import FP8_BLOCK_SIZE
+from llama4_quant.stored import StoredWeight, quantization_section, quantized_weights
 from llama4_quant.stream import Piece, Progress, read_pieces
 from llama4_quant.verification import (
     Problem,
@@ -113,7 +113,7 @@ class _HuggingFaceOutput:
 def _stored(reader: CheckpointReader) -> tuple[StoredWeight, ...]:
     """Every weight, checked against config.json; of a checkpoint without quantization, every tensor."""
     config = Llama4Config.from_dict(reader.config)
-    if config.quantization:
+    if quantization_section(config) is not None:
         return quantized_weights(config, reader.tensors)
     plan = make_plan(config, None, reader.tensors)
     return tuple(_whole_tensor(tensor.spec) for tensor in plan.tensors)
@@ -161,31 +161,45 @@ def _check_report(path: Path) -> Iterator[Problem]:
     except CheckpointError as error:
         yield Problem(where=path.name, what=str(error))
         return
-    if not has_self_checksum(content):
+    written = dump_json(content)  # spaces count too
+    if not has_self_checksum(content) or path.stat().st_size != len(written) or path.read_bytes() != written:
         yield Problem(where=path.name, what="is not what was written: its checksum does not fit")
 
 
 def _check_values(weight: StoredWeight, reader: CheckpointReader) -> Iterator[Problem]:
     """Decode what can be decoded; NaN and Inf are problems in scales, FP8 codes and unquantized values alike."""
-    tensors = {name: reader.read(name) for name in weight.tensors}
-    if weight.scheme is not None:
-        try:
-            decoded = compressed_tensors.decode(weight.name, tensors, weight.scheme)
-        except Llama4QuantError as error:
-            yield Problem(where=weight.name, what=str(error))
+    shape_name = f"{weight.name}.weight_shape"
+    if shape_name in weight.tensors:
+        stored_shape = tuple(reader.read(shape_name).tolist())
+        if stored_shape != weight.shape:
+            yield Problem(where=shape_name, what=f"says {list(stored_shape)}, expected {list(weight.shape)}")
             return
-        if decoded.shape != weight.shape:
-            yield Problem(where=weight.name, what=f"decodes to shape {list(decoded.shape)}, not {list(weight.shape)}")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
-            yield Problem(where=name, what="holds NaN or Inf")
+    bad: dict[str, None] = {}  # in order, each once
+    for start, stop in _row_ranges(weight):
+        rows = _stored_rows(weight, start, stop, reader)
+        if weight.scheme is not None:
+            try:
+                compressed_tensors.decode(weight.name, rows, weight.scheme)
+            except Llama4QuantError as error:
+                yield Problem(where=weight.name, what=str(error))
+                return
+        bad |= {name: None for name, part in rows.items() if part.is_floating_point() and not is_finite(part)}
+    yield from (Problem(where=name, what="holds NaN or Inf") for name in bad)
+
+
+def _row_ranges(weight: StoredWeight) -> Iterator[tuple[int, int]]:
+    """Rows (of dimension 0) that are read at a time, whole blocks of scales."""
+    row_elements = max(1, weight.num_weights // max(1, weight.shape[0]))
+    step = max(1, READ_BYTES // (row_elements * FP8_BLOCK_SIZE)) * FP8_BLOCK_SIZE
+    step = step if len(weight.shape) == 2 else max(1, READ_BYTES // row_elements)
+    return ((start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step))
 
 
 def _promised(folder: Path) -> dict[str, float]:
     """Relative errors by weight, as the report has them."""
     try:
         weights = read_json(folder / REPORT_NAME, CheckpointError)["weights"]
-        return {w["name"]: w["relative_error"] for w in weights if w["relative_error"] is not None}
+        return {w["name"]: w["relative_error"] for w in weights if isinstance(w["relative_error"], float)}
     except (CheckpointError, KeyError, TypeError):
         return {}  # a damaged report is a problem that _check_report names
 
@@ -208,9 +222,10 @@ def _compare(
                 continue
             sums: dict[str, WeightError] = {}
             for piece in read_pieces(reader, tensor):
-                weight = by_name[piece.decision.name]
+                weight = _same_weight(by_name, piece)
                 if weight.scheme is not None:
-                    error = measure(piece.values, _stored_rows(weight, piece, output))
+                    rows = _stored_rows(weight, piece.row_start, piece.row_start + len(piece.values), output)
+                    error = measure(piece.values, compressed_tensors.decode(weight.name, rows, weight.scheme))
                     sums[weight.name] = error.merge(sums[weight.name]) if weight.name in sums else error
                 elif not _equals_source(weight, piece, output):
                     problems.append(Problem(where=weight.name, what="differs from the source, but was to be kept"))
@@ -224,6 +239,16 @@ def _compare(
     return distances, problems
 
 
+def _same_weight(by_name: dict[str, StoredWeight], piece: Piece) -> StoredWeight:
+    weight = by_name.get(piece.decision.name)
+    if weight is None or weight.shape != piece.decision.shape:
+        raise CheckpointError(
+            f"{piece.decision.name}: the output and the source are of different models; give the checkpoint that the "
+            "output was made of"
+        )
+    return weight
+
+
 def _compare_fused(name: str, source: CheckpointReader, output: CheckpointReader) -> Iterator[Problem]:
     for expert in range(source.tensors[name].shape[0]):
         expected = source.read_rows(name, expert, expert + 1).to(torch.bfloat16)
@@ -231,10 +256,10 @@ def _compare_fused(name: str, source: CheckpointReader, output: CheckpointReader
             yield Problem(where=f"{name}, expert {expert}", what="differs from the source, but was to be kept")
 
 
-def _stored_rows(weight: StoredWeight, piece: Piece, output: CheckpointReader) -> QuantizedWeight:
-    """The rows of a quantized weight that a piece of the source stands for."""
-    assert weight.scheme is not None
-    start, stop = piece.row_start, piece.row_start + len(piece.values)
+def _stored_rows(weight: StoredWeight, start: int, stop: int, output: CheckpointReader) -> dict[str, torch.Tensor]:
+    """What holds rows `start` to `stop` of a weight, as a weight of its own."""
+    if weight.scheme is None:
+        return {name: output.read_rows(name, start, stop) for name in weight.tensors}
     block = rows_per_scale(weight.scheme)
     rows: dict[str, torch.Tensor] = {}
     for name in weight.tensors:
@@ -244,7 +269,7 @@ def _stored_rows(weight: StoredWeight, piece: Piece, output: CheckpointReader) -
             rows[name] = output.read_rows(name, start // block, -(-stop // block))
         else:
             rows[name] = output.read_rows(name, start, stop)
-    return compressed_tensors.decode(weight.name, rows, weight.scheme)
+    return rows
 
 
 def _equals_source(weight: StoredWeight, piece: Piece, output: CheckpointReader) -> bool:

@@ -117,26 +117,26 @@ def test_single_eos_and_null_chunk(scout: dict) -> None:
 
 
 BAD_TEXT = [
-    ("num_hidden_layers", 10**9, "an integer from 1 to 4096"),
+    ("num_hidden_layers", 10**9, "an integer from 1 to 1024"),
     ("num_hidden_layers", "48", "an integer"),
     ("num_hidden_layers", None, "num_hidden_layers is missing"),
     ("hidden_size", -1, "hidden_size is -1"),
     ("hidden_size", True, "hidden_size is True"),
-    ("num_local_experts", 2**40, "an integer from 1 to 65536"),
+    ("num_local_experts", 2**40, "an integer from 1 to 16384"),
     ("num_experts_per_tok", 17, "num_experts_per_tok is 17, expected an integer from 1 to 16"),
     ("num_key_value_heads", 7, "not a multiple"),
     ("moe_layers", [48], "beyond the model's 48"),
-    ("moe_layers", [-1], "non-negative"),
+    ("moe_layers", [-1], "integers from 0"),
     ("no_rope_layers", [1, 0], "2 entries for 48 layers"),
-    ("rms_norm_eps", float("nan"), "finite number"),
-    ("rms_norm_eps", 0, "above zero"),
+    ("rms_norm_eps", float("nan"), r"a number from 1e-30 to 1e\+30"),
+    ("rms_norm_eps", 0, "a number from"),
     ("rope_scaling", {"rope_type": "yarn"}, "rope_type is 'yarn'"),
     ("rope_scaling", {"rope_type": "llama3"}, "factor is missing"),
     ("rope_scaling", [1], "an object"),
     ("use_qk_norm", "yes", "true or false"),
     ("head_dim", 127, "head_dim 127 is odd"),
-    ("num_local_experts", 2000, "48 MoE layers of 2000 experts"),
-    ("eos_token_id", [[1]], "a list of non-negative integers"),
+    ("num_local_experts", 400, "48 MoE layers of 400 experts"),
+    ("eos_token_id", [[1]], "a list of integers from 0 to"),
 ]
 
 

@@ -9,7 +9,7 @@ from checkpoints import multimodal_config, text_config
 
 from llama4_quant.architecture import Llama4Config, Role, linear_specs
 from llama4_quant.convert import dry_run
-from llama4_quant.errors import CheckpointError, SchemeError
+from llama4_quant.errors import CheckpointError, ConfigError, SchemeError
 from llama4_quant.plan import Plan, make_plan
 from llama4_quant.scheme import preset
 
@@ -162,10 +162,21 @@ def test_whole_fusions_are_not_noted(ignore: str) -> None:
     assert plan_for(config, ignore=[ignore], quantize=["attention"]).notes == ()
 
 
-def test_sizes_beyond_64_bits_are_counted() -> None:
-    config = text_config(vocab_size=2**40, hidden_size=2**40)
-    embedding = next(d for d in plan_for(config).decisions if d.role is Role.EMBEDDING)
-    assert embedding.num_weights == 2**80
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000, expected an integer from 1 to 1048576"),
+        (
+            {"hidden_size": 2**20, "intermediate_size_mlp": 2**20, "num_hidden_layers": 1024},
+            r"sizes of a model of [\d,]+ weights",
+        ),
+        ({"hidden_size": 2**20, "vocab_size": 2**24}, r"a model of 35,\d{3},[\d,]+ weights; expected at most 8,796,"),
+        ({"num_attention_heads": 2**19, "head_dim": 4}, "head_dim is 4, expected an integer from 1 to 2"),
+    ],
+)
+def test_models_of_absurd_size_are_refused_before_they_are_planned(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_for(text_config(**changes))
 
 
 @pytest.mark.parametrize(("make_config", "prefix"), [(text_config, ""), (multimodal_config, "language_model.")])

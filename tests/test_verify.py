@@ -126,7 +126,7 @@ NAME = "model.layers.0.feed_forward.up_proj"
     ("tensor", "value", "message"),
     [
         (f"{NAME}.weight_scale", b"\xc0\x7f", "holds NaN or Inf"),  # bf16 0x7fc0
-        (f"{NAME}.weight_shape", b"\x01", "weight_packed: expected shape"),
+        (f"{NAME}.weight_shape", b"\x01", "weight_shape: says [257, 128], expected [256, 128]"),
         ("model.norm.weight", b"\x80\x7f", "holds NaN or Inf"),  # bf16 infinity
     ],
 )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from llama4_quant.checkpoint.crc import combine
 from llama4_quant.checkpoint.journal import WrittenRange
+from llama4_quant.checkpoint.json_files import named
 from llama4_quant.errors import OutputError
 
 
@@ -24,7 +25,10 @@ class Coverage:
             OutputError: there is no such range.
         """
         if not 0 <= part.start <= part.stop <= self._sizes.get(part.name, -1):
-            raise OutputError(f"{part.name}: bytes {part.start:,} to {part.stop:,} are not part of the output")
+            raise OutputError(
+                f"{named(part.name)}: bytes {part.start:,} to {part.stop:,} are not part of the output; if this comes "
+                "from an interrupted run, give --resume never to start anew"
+            )
         if part.start < part.stop:
             with self._lock:
                 self._ranges[part.name][part.start] = part

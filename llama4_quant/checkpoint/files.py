@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,44 @@ def reserve(descriptor: int, nbytes: int) -> None:
         if problem.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
             raise
         os.ftruncate(descriptor, nbytes)  # this file system cannot reserve; a full disk shows while writing
+
+
+def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file that this project made in a staging folder: a regular file with one name, never through a link.
+
+    Anything else there (a link, a second name of somebody's file, a pipe that blocks, a device) was put there by
+    somebody else, and is neither read nor written.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        OutputError: it is something else.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as problem:
+        if problem.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:
+            raise OutputError(_foreign(path)) from problem
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise OutputError(_foreign(path))
+    return descriptor
+
+
+def read_own(path: Path, most: int) -> bytes:
+    """The content of such a file, which may hold `most` bytes; errors as of `open_own`."""
+    with os.fdopen(open_own(path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise OutputError(f"{path}: expected at most {most:,} bytes; delete the folder and start anew")
+        return file.read(most)
+
+
+def _foreign(path: Path) -> str:
+    return (
+        f"{path}: expected a file made by llama4-quant, found a link, folder, device or shared file; find out who put "
+        "it there, and delete the folder"
+    )
 
 
 @contextmanager

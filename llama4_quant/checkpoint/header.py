@@ -22,6 +22,7 @@ from llama4_quant.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 MAX_RANK = 8
+MAX_NAME_LENGTH = 512
 DATA_ALIGNMENT = 8
 
 DTYPES = {
@@ -146,8 +147,8 @@ def _check_metadata(metadata: object, path: Path) -> None:
 
 def _entry(name: str, record: object, path: Path, data_start: int) -> TensorEntry:
     where = f"{path}: tensor {shown(name)}"
-    if not (name and name.isprintable()):
-        raise CheckpointError(f"{where}: expected a printable name")
+    if not (0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()):
+        raise CheckpointError(f"{where}: expected a printable name of at most {MAX_NAME_LENGTH} characters")
     if not isinstance(record, dict) or set(record) != _FIELDS:
         raise CheckpointError(f"{where}: expected the fields dtype, shape and data_offsets, found {shown(record)}")
     dtype = record["dtype"]
@@ -162,7 +163,7 @@ def _entry(name: str, record: object, path: Path, data_start: int) -> TensorEntr
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(
-            f"{where}: expected data_offsets that span {nbytes:,} bytes ({dtype} {list(shape)}), found "
+            f"{where}: expected data_offsets that span {nbytes:,} bytes ({dtype} {shown(list(shape))}), found "
             f"{shown(list(offsets))}; the file is damaged: download it again"
         )
     return TensorEntry(name=name, dtype=dtype, shape=shape, path=path, start=data_start + offsets[0], nbytes=nbytes)

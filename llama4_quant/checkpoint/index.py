@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llama4_quant.checkpoint.header import TensorEntry
-from llama4_quant.checkpoint.json_files import read_json, shown
+from llama4_quant.checkpoint.json_files import named, read_json, shown
 from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME, STAGING_NAME, is_plain_name, locate
 from llama4_quant.errors import CheckpointError
 
+MAX_SHARDS = 10_000
 EXPECTED = f"expected a folder with {CONFIG_NAME} and .safetensors weights (Hugging Face layout)"
 
 
@@ -81,15 +82,17 @@ def _group(weight_map: object, path: Path) -> Mapping[str, frozenset[str]]:
                 f"{shown(file)}; do not trust this checkpoint: download it from its publisher"
             )
         groups.setdefault(file, set()).add(tensor)
+    if len(groups) > MAX_SHARDS:
+        raise CheckpointError(
+            f"{path}: names {len(groups):,} files, expected at most {MAX_SHARDS:,}; not a model's index"
+        )
     return {file: frozenset(groups[file]) for file in sorted(groups)}
 
 
 def _listed(names: Iterable[str], limit: int = 4) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return (
-        ", ".join(name if name.isprintable() else shown(name) for name in ordered[:limit]) or "an empty folder"
-    ) + more
+    return (", ".join(map(named, ordered[:limit])) or "an empty folder") + more
 
 
 def _advice_for_file(path: Path) -> str:

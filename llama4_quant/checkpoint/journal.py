@@ -18,16 +18,22 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama4_quant.checkpoint.buffers import write_from
+from llama4_quant.checkpoint.files import open_own, read_own
+from llama4_quant.checkpoint.json_files import parse_json
 from llama4_quant.checkpoint.locks import try_lock
+from llama4_quant.errors import ConfigError
 
 PATTERN = "journal-*.jsonl"
+MAX_JOURNAL_BYTES = 2**28
+"""Maverick's take some millions for all processes together."""
 _CHECK_DIGITS = 16
+_RANGE_TYPES = ([str, int, int, str, int], [str, int, int, str, type(None)])
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -74,13 +80,13 @@ class Journal:
 
         Raises:
             OSError: the file cannot be written; BlockingIOError if another process is using it.
+            OutputError: it is no file of ours.
         """
         path = folder / f"journal-{rank}.jsonl"
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(path, flags, 0o666)
+        self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._end = _parse(path.read_bytes(), job)[1]
+            self._end = _parse(read_own(path, MAX_JOURNAL_BYTES), job)[1]
             os.ftruncate(self._descriptor, self._end)
             self._num_records = 0
             self._lock = threading.Lock()
@@ -121,9 +127,14 @@ class Journal:
 
 
 def read_journals(folder: Path, job: str) -> dict[int, Record]:
-    """All items that are known to be finished, by number, from the journals of all processes."""
-    records = (record for path in sorted(folder.glob(PATTERN)) for record in _parse(path.read_bytes(), job)[0])
-    return {record.item: record for record in records}
+    """All items that are known to be finished, by number, from the journals of all processes.
+
+    Raises:
+        OSError: a journal cannot be read.
+        OutputError: it is no file of ours.
+    """
+    contents = (read_own(path, MAX_JOURNAL_BYTES) for path in sorted(folder.glob(PATTERN)))
+    return {record.item: record for content in contents for record in _parse(content, job)[0]}
 
 
 def others_alive(folder: Path, rank: int) -> bool:
@@ -141,7 +152,7 @@ def boot_id() -> str:
 
 
 def _is_held(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = open_own(path, os.O_RDWR)
     try:
         return not try_lock(descriptor, fcntl.LOCK_EX)
     finally:
@@ -162,11 +173,14 @@ def _parse(data: bytes, job: str) -> tuple[list[Record], int]:
             if value["session"] != job:
                 break
             trusted += session if same_boot else session[:num_synced]
-            session, num_synced, same_boot = [], 0, value["boot"] == boot
-        elif "synced" in value:
-            num_synced = value["synced"]
+            session, num_synced, same_boot = [], 0, value.get("boot") == boot
+        elif type(value.get("synced")) is int:
+            num_synced = max(0, value["synced"])
         else:
-            session.append(_record(value["item"], value["ranges"], value["notes"]))
+            record = _record(value)
+            if record is None:
+                break
+            session.append(record)
         end = line_end
     trusted += session if same_boot else session[:num_synced]
     return trusted, end
@@ -180,10 +194,22 @@ def _lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
         if check != _check(text):
             return
         position = newline + 1
-        yield json.loads(text), position
+        try:
+            value = parse_json(text, "journal")
+        except ConfigError:  # with the right checksum: nobody tears a line like that
+            return
+        yield value, position
 
 
-def _record(item: int, ranges: Iterable[tuple[str, int, int, str, int | None]], notes: object) -> Record:
+def _record(value: dict[str, Any]) -> Record | None:
+    """The record, unless it is not one that `Journal.append` writes."""
+    item, ranges, notes = value.get("item"), value.get("ranges"), value.get("notes")
+    if type(item) is not int or not isinstance(ranges, list):
+        return None
+    if not all(isinstance(part, list) and [type(field) for field in part] in _RANGE_TYPES for part in ranges):
+        return None
+    if not all(0 <= start <= stop < 2**63 for _, start, stop, *_ in ranges):
+        return None
     parts = tuple(
         WrittenRange(name=name, start=start, stop=stop, sha256=sha, crc32=crc) for name, start, stop, sha, crc in ranges
     )

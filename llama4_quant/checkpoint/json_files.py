@@ -1,11 +1,13 @@
 """JSON from strangers: parsed strictly and with bounded time and memory, or refused with one clear message.
 
-Python's parser accepts duplicate keys (the last one wins), NaN, and as many values as fit in memory, where one byte of
-text can become 30 bytes of objects. So size, number of tokens and nesting are checked on the bytes first; every limit
-is several times what Llama 4 Maverick needs with one tensor per expert (28 thousand names, 4 MB).
+Python's parser accepts duplicate keys (the last one wins), NaN, 1e999 (as infinity), halves of surrogate pairs (which
+no file can hold), and as many values as fit in memory, where one byte of text can become 30 bytes of objects. So size,
+number of tokens and nesting are checked on the bytes first; every limit is several times what Llama 4 Maverick needs
+with one tensor per expert (28 thousand names, 4 MB). What is parsed can be written again: `dump_json` does not fail.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,12 +25,27 @@ _MARKS = (b",", b":", b'"', b"[", b"{")
 # there is a match at every position and no second look at a byte: linear, whatever the bytes are.
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)'
 _NEXT_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|%b)*+([\[\]{}]|\Z)' % _STRING, re.DOTALL)
+_SURROGATE = re.compile(rb"\\[uU][dD][89a-fA-F]")
 _STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1, b"": 0}
 
 
 def shown(value: object, limit: int = 80) -> str:
     """The value as one short printable string, for error messages."""
-    text = ascii(value)
+    return _cut(ascii(value), limit)
+
+
+def named(text: str) -> str:
+    """A name in a message: itself if it is short and printable, else as `shown`."""
+    return text if text.isprintable() and len(text) <= 120 else shown(text)
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """What a library said, or a program in a checkpoint, as one short printable line."""
+    words = " ".join(str(text).split())
+    return _cut(words if words.isprintable() else ascii(words), limit)
+
+
+def _cut(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
@@ -65,13 +82,20 @@ def parse_json(
     """
     _check_size(data, where, error, remedy)
     try:
-        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        parsed = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+        if _SURROGATE.search(data):
+            _check_text(parsed)
     except UnicodeDecodeError as problem:
         raise error(
             f"{where}: expected UTF-8 text, found byte 0x{data[problem.start]:02x} at {problem.start}"
         ) from None
     except (ValueError, RecursionError) as problem:
-        raise error(f"{where}: not valid JSON: {problem}; {remedy}") from None
+        raise error(f"{where}: not valid JSON: {_cut(str(problem))}; {remedy}") from None
     if not isinstance(parsed, dict):
         raise error(f"{where}: expected a JSON object, found {shown(parsed)}")
     return parsed
@@ -100,6 +124,21 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {shown(twice)} occurs twice")
     return unique
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(text)} is too large a number")
+    return value
+
+
+def _check_text(parsed: object) -> None:
+    """Raise ValueError if a string holds half of a surrogate pair: that is no text, and cannot be written."""
+    try:
+        json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise ValueError(f"a string holds {shown(problem.object[problem.start])}, which is no character") from None
 
 
 def _refuse_constant(name: str) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from llama4_quant.checkpoint.files import open_own
 from llama4_quant.errors import OutputError
 
 LOCK_NAME = "lock"
@@ -114,7 +115,7 @@ def is_still(descriptor: int, path: Path) -> bool:
 
 
 def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    return open_own(path, os.O_RDWR | os.O_CREAT)
 
 
 def _sign(descriptor: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama4_quant.checkpoint.coverage import Coverage
-from llama4_quant.checkpoint.json_files import read_json
+from llama4_quant.checkpoint.json_files import read_json, shown
 from llama4_quant.checkpoint.layout import Layout
 from llama4_quant.checkpoint.paths import is_plain_name
 from llama4_quant.checkpoint.resume import canonical_json
@@ -88,9 +88,11 @@ def read_manifest(folder: Path) -> tuple[FileDigest, ...]:
     """
     path = folder / MANIFEST_NAME
     content = read_json(path, CheckpointError)
-    if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+    version = content.get("version")
+    if content.get("format") != FORMAT or type(version) is not int or version != VERSION:
         raise CheckpointError(f"{path}: expected format {FORMAT} version {VERSION}; use a newer llama4-quant")
-    if path.read_bytes() != canonical_json(content):
+    written = canonical_json(content)
+    if path.stat().st_size != len(written) or path.read_bytes() != written:
         raise CheckpointError(f"{path}: a byte of the manifest itself has changed; convert again")
     try:
         shards = [_shard(name, record) for name, record in content["shards"].items()]
@@ -99,7 +101,7 @@ def read_manifest(folder: Path) -> tuple[FileDigest, ...]:
             for name, record in content["files"].items()
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise CheckpointError(f"{path}: the manifest is damaged ({problem!r}); convert again") from problem
+        raise CheckpointError(f"{path}: the manifest is damaged ({shown(problem)}); convert again") from problem
     return (*shards, *files)
 
 
@@ -122,9 +124,9 @@ def _file(name: str, size: int, parts: Iterable[tuple[int, int, str]]) -> FileDi
     ranges = tuple(FileRange(start=start, stop=stop, sha256=digest) for start, stop, digest in parts)
     end = 0
     for part in ranges:
-        if part.start != end or part.stop < part.start:
-            raise ValueError(f"{name}: a range from {part.start} to {part.stop} where {end} was expected")
+        if {type(part.start), type(part.stop)} != {int} or part.start != end or part.stop < part.start:
+            raise ValueError(f"{shown(name)}: a range from {shown(part.start)} to {shown(part.stop)}, not from {end}")
         end = part.stop
-    if end != size or not is_plain_name(name):
-        raise ValueError(f"{name}: ranges end at {end} of {size}")
+    if end != size or type(size) is not int or not is_plain_name(name):
+        raise ValueError(f"{shown(name)}: ranges end at {end} of {shown(size)}")
     return FileDigest(name=name, size=size, ranges=ranges)

@@ -11,6 +11,7 @@ from typing import Any
 
 from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.config_fields import Fields
+from llama4_quant.config_limits import MAX_LAYERS
 from llama4_quant.errors import ConfigError
 
 MAX_POSITIONS = 262_144
@@ -94,7 +95,7 @@ class Params:
 
     def _text(self, widths: Widths) -> dict[str, Any]:
         fields, moe = self._fields, self._moe
-        num_layers = fields.integer("n_layers", high=4096)
+        num_layers = fields.integer("n_layers", high=MAX_LAYERS)
         dim = fields.integer("dim")
         vocab_size = self._vocab_size(widths)
         interval = fields.optional_integer("nope_layer_interval", None, low=1)
@@ -169,7 +170,7 @@ def _vision_config(vision: Fields) -> dict[str, Any]:
         "model_type": "llama4_vision_model",
         "hidden_size": hidden,
         "hidden_act": "gelu",
-        "num_hidden_layers": vision.integer("n_layers", high=4096),
+        "num_hidden_layers": vision.integer("n_layers", high=MAX_LAYERS),
         "num_attention_heads": vision.integer("n_heads"),
         "num_channels": 3,
         "intermediate_size": int(hidden * vision.number("mlp_ratio")),

@@ -6,14 +6,16 @@ folder once the shards are reserved; a staging folder without it has nothing to 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from llama4_quant.checkpoint.files import os_errors, read_own
 from llama4_quant.checkpoint.header import TensorEntry
-from llama4_quant.checkpoint.json_files import read_json, shown
+from llama4_quant.checkpoint.json_files import MAX_JSON_BYTES, named, parse_json, shown
 from llama4_quant.errors import OutputError, UsageError
 
 FINGERPRINT_NAME = "fingerprint.json"
@@ -85,11 +87,13 @@ def can_continue(folder: Path, job: Job, *, alone: bool) -> bool:
     path = folder / FINGERPRINT_NAME
     if alone and job.resume is Resume.NEVER:
         return False
-    if not path.exists():
+    if not os.path.lexists(path):
         if job.resume is Resume.REQUIRED or not alone:
             raise OutputError(f"{folder.parent}: there is nothing to resume here; run without --resume required")
         return False
-    differences = tuple(_differences(read_json(path, OutputError), json.loads(canonical_json(job.fingerprint))))
+    with os_errors(f"{path}: cannot be read"):
+        found = parse_json(read_own(path, MAX_JSON_BYTES), str(path), OutputError)
+    differences = tuple(_differences(found, json.loads(canonical_json(job.fingerprint))))
     if differences:
         raise OutputError(_refusal(folder.parent, differences))
     return True
@@ -114,14 +118,14 @@ def _differences(old: object, new: object, where: tuple[str, ...] = ()) -> Itera
     """Path of keys and "was ..., is ..." for every value that differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), (*where, str(key)))
+            yield from _differences(old.get(key), new.get(key), (*where, named(key)))
     elif old != new:
         yield where, f"was {shown(old)}, is {shown(new)}"
 
 
 def _refusal(out: Path, differences: Sequence[tuple[tuple[str, ...], str]]) -> str:
-    sections = list(dict.fromkeys(where[0] for where, _ in differences))
-    named = "; ".join(f"{' '.join(where)} {what}" for where, what in differences[:_MAX_NAMED])
+    sections = list(dict.fromkeys(where[0] for where, _ in differences))[:_MAX_NAMED]
+    named = "; ".join(f"{' '.join(where)[:200]} {what}" for where, what in differences[:_MAX_NAMED])
     more = f"; and {len(differences) - _MAX_NAMED} more" if len(differences) > _MAX_NAMED else ""
     return (
         f"{out}: the unfinished conversion in it cannot be resumed, because the {' and the '.join(sections)} changed "

@@ -15,6 +15,8 @@ from llama4_quant.checkpoint.paths import CONFIG_NAME, DOWNLOAD_NAME, INDEX_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.errors import CheckpointError, UsageError
 
+MAX_SIDE_FILE_BYTES = 2**28
+"""Llama 4's tokenizer.json has 28 MB."""
 _NEVER_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"}
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 _FILE_SUFFIXES = (".safetensors", ".json", ".gguf", ".bin", ".pth", ".pt")
@@ -87,9 +89,16 @@ def side_files(source: Path) -> tuple[Path, ...]:
     Never weights, config.json, the index, code, hidden files, or README.md, which describes the source.
 
     Raises:
-        CheckpointError: one of them is a link that leaves the checkpoint.
+        CheckpointError: one of them is a link that leaves the checkpoint, no regular file, or too large.
     """
-    return tuple(locate(source, path.name) for path in sorted(source.iterdir()) if _is_side_file(path))
+    found = tuple(locate(source, path.name) for path in sorted(source.iterdir()) if _is_side_file(path))
+    for path in found:
+        if path.stat().st_size > MAX_SIDE_FILE_BYTES:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size:,} bytes, expected at most {MAX_SIDE_FILE_BYTES:,} for such a file; "
+                "remove it from the folder"
+            )
+    return found
 
 
 def _local(path_or_id: str, revision: str | None) -> Path | None:

@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from llama4_quant.checkpoint.buffers import write_from
-from llama4_quant.checkpoint.files import has_size, no_space, os_errors, replacing, reserve, sync_folder
+from llama4_quant.checkpoint.files import has_size, no_space, open_own, os_errors, replacing, reserve, sync_folder
 from llama4_quant.checkpoint.layout import SHARD_NAME
 from llama4_quant.checkpoint.locks import LOCK_NAME, TURN_NAME, FolderLock, Turn
 from llama4_quant.checkpoint.paths import CONFIG_NAME, DOWNLOAD_NAME, INDEX_NAME, PARAMS_NAME, STAGING_NAME
@@ -92,7 +92,7 @@ class Staging:
 
     def allocated(self) -> int:
         """Bytes of disk that staged files occupy already."""
-        return sum(path.stat().st_blocks * _BLOCK for path in self.folder.iterdir())
+        return sum(path.lstat().st_blocks * _BLOCK for path in self.folder.iterdir())
 
     def require_space(self, needed: int) -> None:
         """Raise OutputError if the file system has less than `needed` bytes free."""
@@ -124,7 +124,7 @@ class Staging:
         staged = self.folder / name
         with os_errors(f"{staged}: cannot be opened"):
             if has_size(staged, nbytes):
-                return os.open(staged, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                return open_own(staged, os.O_RDWR)
         if self.was_publishing and not staged.exists() and has_size(self.out / name, nbytes):
             return None
         raise OutputError(

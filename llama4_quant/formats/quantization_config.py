@@ -6,14 +6,15 @@ by name, formats per group or for all, older spellings. Whatever this project ca
 since a setting that is skipped silently gives a model that computes something else.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from llama4_quant.checkpoint.json_files import named, shown
 from llama4_quant.config_fields import Fields
 from llama4_quant.errors import ConfigError
+from llama4_quant.formats.patterns import Patterns
 from llama4_quant.scheme import (
     FP8_BLOCK_SIZE,
     INT4_GROUP_SIZES,
@@ -46,24 +47,29 @@ class ParsedQuantization:
 
     Attributes:
         targets: scheme by target: a class name ("Linear"), a full module name, or a `re:` pattern.
-        ignore: modules left alone, spelled like targets.
+        targeted: the targets, ready to be matched.
+        ignored: modules left alone, spelled like targets.
         kv_cache_scheme: settings of a quantized KV cache, kept as they were found; this project does not apply them.
     """
 
     targets: Mapping[str, WeightScheme]
-    ignore: tuple[str, ...]
+    targeted: Patterns
+    ignored: Patterns
     kv_cache_scheme: Mapping[str, Any] | None
 
     def scheme_of(self, name: str) -> WeightScheme | None:
         """The scheme of the linear module `name`, or None if it is not quantized.
 
         A full name wins over a pattern and a pattern over the class; of several patterns, the alphabetically first.
+
+        Raises:
+            ConfigError: matching the patterns takes too long.
         """
-        if name in self.ignore or LINEAR in self.ignore or _first_pattern(name, self.ignore):
+        if name in self.ignored or LINEAR in self.ignored or self.ignored.first_match(name):
             return None
         if name in self.targets:
             return self.targets[name]
-        return self.targets.get(_first_pattern(name, self.targets) or LINEAR)
+        return self.targets.get(self.targeted.first_match(name) or LINEAR)
 
 
 def quantization_config(scheme: Scheme, ignore: Sequence[str], heads: Sequence[str] = ()) -> dict[str, Any]:
@@ -115,7 +121,8 @@ def parse_quantization_config(config: Mapping[str, Any]) -> ParsedQuantization:
         targets |= dict.fromkeys(group_targets, scheme)
     return ParsedQuantization(
         targets=MappingProxyType(targets),
-        ignore=_patterns(fields, "ignore"),
+        targeted=Patterns(targets, f"{groups.where}: targets"),
+        ignored=Patterns(_strings(fields, "ignore"), f"{_WHERE}: ignore"),
         kv_cache_scheme=None if fields.get("kv_cache_scheme") is None else fields.section("kv_cache_scheme").values,
     )
 
@@ -150,7 +157,7 @@ def _parse_group(where: str, name: str, group: Any, config: Fields) -> tuple[tup
     """Targets and scheme of one group."""
     if isinstance(group, list):  # short form: a preset's name and its targets
         short = Fields({name: group}, where)
-        return _patterns(short, name), _parse_preset(where, name)
+        return _strings(short, name), _parse_preset(where, name)
     fields = Fields({name: group}, where).section(name)
     if fields.get("weights") is None:
         raise _unsupported(fields, "weights null (only activations are quantized)")
@@ -159,13 +166,13 @@ def _parse_group(where: str, name: str, group: Any, config: Fields) -> tuple[tup
     _check_activations(fields, scheme)
     storage = fields.get("format") or config.get("format")
     if storage not in _FORMATS[scheme.type]:
-        raise _unsupported(fields, f"format {storage!r} for {scheme.type} weights")
-    return _patterns(fields, "targets"), scheme
+        raise _unsupported(fields, f"format {shown(storage)} for {scheme.type} weights")
+    return _strings(fields, "targets"), scheme
 
 
 def _parse_preset(where: str, name: str) -> WeightScheme:
     if name.upper() not in set(SchemeName):
-        raise ConfigError(f"{where}: the preset {name!r} is not supported; supported: {SUPPORTED}")
+        raise ConfigError(f"{where}: the preset {shown(name)} is not supported; supported: {SUPPORTED}")
     return preset(name).weights
 
 
@@ -174,7 +181,7 @@ def _parse_weights(fields: Fields) -> WeightScheme:
     kind, num_bits = fields.string("type", "int").lower(), fields.integer("num_bits", 8)
     types = {("int", 4): WeightType.INT4, ("float", 8): WeightType.FP8}
     if (kind, num_bits) not in types:
-        raise _unsupported(fields, f"{num_bits}-bit {kind} weights")
+        raise _unsupported(fields, f"{num_bits}-bit {named(kind)} weights")
     if not fields.boolean("symmetric", default=True):
         raise _unsupported(fields, "asymmetric weights (symmetric false)")
     _require(fields, "dynamic", (False, None))
@@ -196,14 +203,14 @@ def _parse_strategy(fields: Fields, weight_type: WeightType) -> tuple[Strategy, 
     strategy = fields.string("strategy", default).lower()
     if weight_type is WeightType.INT4 and strategy == "group":
         if group_size not in INT4_GROUP_SIZES or group_size < 0:
-            raise _unsupported(fields, f"group_size {fields.get('group_size')}")
+            raise _unsupported(fields, f"group_size {shown(fields.get('group_size'))}")
         return Strategy.GROUP, group_size
     if strategy == "channel":
         return Strategy.CHANNEL, None
     if weight_type is WeightType.FP8 and strategy == "block":
         _require(fields, "block_structure", ([FP8_BLOCK_SIZE, FP8_BLOCK_SIZE], f"{FP8_BLOCK_SIZE}x{FP8_BLOCK_SIZE}"))
         return Strategy.BLOCK, None
-    raise _unsupported(fields, f"{weight_type} weights with strategy {strategy!r}")
+    raise _unsupported(fields, f"{weight_type} weights with strategy {shown(strategy)}")
 
 
 def _check_activations(group: Fields, scheme: WeightScheme) -> None:
@@ -223,41 +230,25 @@ def _check_activations(group: Fields, scheme: WeightScheme) -> None:
     _require(fields, "group_size", (group_size,))
 
 
-def _patterns(fields: Fields, name: str) -> tuple[str, ...]:
+def _strings(fields: Fields, name: str) -> tuple[str, ...]:
     """A list of names and `re:` patterns; absent or null is empty."""
     value = fields.get(name)
     items = [] if value is None else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise ConfigError(f"{fields.where}: {name} is not a list of strings")
-    for pattern in (item.removeprefix("re:") for item in items if item.startswith("re:")):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{fields.where}: {name}: {pattern!r} is not a regular expression: {error}") from error
+        raise ConfigError(f"{fields.where}: {named(name)} is not a list of strings")
     return tuple(items)
-
-
-def _first_pattern(name: str, patterns: Iterable[str]) -> str | None:
-    """The alphabetically first of the `re:` patterns that match from the start of `name`."""
-    matching = (item for item in patterns if item.startswith("re:") and re.match(item.removeprefix("re:"), name))
-    return min(matching, default=None)
 
 
 def _require(fields: Fields, name: str, allowed: tuple[Any, ...]) -> None:
     value = fields.get(name)
     # `1 == True` in Python, but not in JSON.
     if not any(value == known and type(value) is type(known) for known in allowed):
-        raise _unsupported(fields, f"{name} {value!r}")
+        raise _unsupported(fields, f"{name} {shown(value)}")
 
 
 def _check_unused(fields: Fields, name: str) -> None:
     if fields.get(name):
-        raise _unsupported(fields, f"{name} (it is {_shown(fields.get(name))})")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
+        raise _unsupported(fields, f"{name} (it is {shown(fields.get(name))})")
 
 
 def _unsupported(fields: Fields, what: str) -> ConfigError:

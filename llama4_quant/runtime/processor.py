@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llama4_quant.checkpoint.json_files import read_json
+from llama4_quant.checkpoint.json_files import read_json, shown
 from llama4_quant.config import VisionConfig
-from llama4_quant.config_fields import Fields
+from llama4_quant.config_fields import LARGEST_NUMBER, Fields
 from llama4_quant.errors import ConfigError, UsageError
 from llama4_quant.runtime.image_files import ImageSource, rgb_pixels
 
@@ -265,10 +265,11 @@ def _per_colour(image: Fields, name: str) -> tuple[float, ...]:
     values: Any = image.get(name)
     if values is None:
         return (0.5, 0.5, 0.5)
-    numbers = [float(value) for value in values if isinstance(value, (int, float))] if isinstance(values, list) else []
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "image_std" and 0.0 in numbers):
-        raise ConfigError(f"{image.where}: {name} is {values!r}, expected three finite numbers (deviations not zero)")
-    return tuple(numbers)
+    numbers = [value for value in values if type(value) in {int, float}] if isinstance(values, list) else []
+    is_sound = len(numbers) == 3 and all(abs(number) <= LARGEST_NUMBER for number in numbers)
+    if not is_sound or (name == "image_std" and 0 in numbers):
+        raise ConfigError(f"{image.where}: {name} is {shown(values)}, expected three numbers (deviations not zero)")
+    return tuple(map(float, numbers))
 
 
 def _tokens(processor: Fields) -> ImageTokens:

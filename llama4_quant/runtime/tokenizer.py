@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama4_quant.checkpoint.json_files import one_line
 from llama4_quant.errors import CheckpointError, UsageError
+from llama4_quant.runtime.bounded import BoundedError, bounded
 
 Message = Mapping[str, Any]
 """A role and a content: a text, or a list of {"type": "image"} and {"type": "text", "text": ...}."""
@@ -59,7 +61,8 @@ class Tokenizer:
             wrapped = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # damaged files raise nearly anything, from Rust too
             raise CheckpointError(
-                f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); copy its files again"
+                f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {one_line(error)}); copy its files "
+                "again"
             ) from error
         return cls(wrapped)
 
@@ -106,26 +109,28 @@ class Tokenizer:
     def render_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
         """A chat as text, with <|begin_of_text|> and one <|image|> per image.
 
-        The template comes with the checkpoint and runs in transformers' sandbox.
+        The template comes with the checkpoint: it runs in transformers' sandbox, with bounded time and memory.
 
         Args:
             messages: the chat so far.
             generation_prompt: end ready for the assistant's answer; without it, after the last message.
 
         Raises:
-            UsageError: no template, no message, or the template refuses the messages.
+            UsageError: no template, no message, or the template refuses the messages or takes too long.
         """
         if not self.has_chat_template:
             raise UsageError("this checkpoint has no chat template; complete a plain prompt instead")
         if not messages:
             raise UsageError("a chat needs at least one message")
+        conversation = [dict(message) for message in messages]
         try:
-            prompt: str = self._wrapped.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
+            return bounded(
+                lambda: self._wrapped.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=generation_prompt
+                )
             )
-        except Exception as error:  # templates are programs of their own
-            raise UsageError(f"the chat template does not take these messages: {error}") from error
-        return prompt
+        except BoundedError as error:
+            raise UsageError(f"the chat template does not take these messages: {one_line(error)}") from error
 
     @staticmethod
     def _special(token_id: object) -> int | None:

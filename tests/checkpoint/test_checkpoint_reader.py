@@ -206,65 +206,20 @@ def test_missing_shards_are_listed(tmp_path: Path) -> None:
         CheckpointReader.open(folder)
 
 
-BAD_WEIGHT_MAPS = {
-    "absent": None,
-    "a list": ["a.safetensors"],
-    "empty": {},
-    "parent": {"a": "../outside.safetensors"},
-    "absolute": {"a": "/etc/passwd.safetensors"},
-    "folder": {"a": "sub/a.safetensors"},
-    "backslash": {"a": "..\\a.safetensors"},
-    "hidden": {"a": ".a.safetensors"},
-    "not weights": {"a": "config.json"},
-    "dots": {"a": ".."},
-    "nul": {"a": "a\0.safetensors"},
-    "too long": {"a": "a" * 300 + ".safetensors"},
-    "surrogate": {"a": "\ud800.safetensors"},
-    "terminal escape": {"a": "\x1b[2J.safetensors"},
-    "a number": {"a": 1},
-    "an object": {"a": {"b": "a.safetensors"}},
-}
-
-
-@pytest.mark.parametrize("weight_map", BAD_WEIGHT_MAPS.values(), ids=BAD_WEIGHT_MAPS.keys())
-def test_names_in_the_index_cannot_lead_elsewhere(tmp_path: Path, weight_map: object) -> None:
+def test_a_name_in_the_index_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Other names that lead elsewhere are in tests/hostile/folder_cases.py; this one, JSON alone would let through."""
     folder = two_shards(tmp_path / "model")
-    (tmp_path / "outside.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
-    (folder / "sub").mkdir()
-    (folder / "sub" / "a.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
-    _index(folder, weight_map)
-    with pytest.raises(CheckpointError, match=r"model.safetensors.index.json: .*expected") as caught:
+    _index(folder, {"a": "\ud800.safetensors"})
+    with pytest.raises(CheckpointError, match="which is no character"):
         CheckpointReader.open(folder)
-    assert str(caught.value).isprintable()
 
 
-def test_links_must_stay_inside_the_checkpoint(tmp_path: Path) -> None:
+def test_links_inside_the_checkpoint_are_followed(tmp_path: Path) -> None:
+    """Links that leave it are in tests/hostile/folder_cases.py."""
     folder = two_shards(tmp_path / "model")
-    shard = folder / "a.safetensors"
-    shard.rename(folder / "kept.bin")
-    shard.symlink_to("kept.bin")
+    (folder / "a.safetensors").rename(folder / "kept.bin")
+    (folder / "a.safetensors").symlink_to("kept.bin")
     CheckpointReader.open(folder).close()
-    (folder / "kept.bin").rename(tmp_path / "outside.bin")
-    with pytest.raises(CheckpointError, match=r"shards .* are missing"):
-        CheckpointReader.open(folder)
-    shard.unlink()
-    shard.symlink_to("../outside.bin")
-    with pytest.raises(
-        CheckpointError, match=r"a.safetensors: expected a file inside .*, found a link to .*outside.bin; copy"
-    ):
-        CheckpointReader.open(folder)
-    shard.unlink()
-    shard.symlink_to("a.safetensors")
-    with pytest.raises(CheckpointError, match=r"a.safetensors"):
-        CheckpointReader.open(folder)
-    shard.unlink()
-    os.mkfifo(shard)
-    with pytest.raises(CheckpointError, match=r"a.safetensors: expected a regular file"):
-        CheckpointReader.open(folder)
-    (folder / "config.json").unlink()
-    (folder / "config.json").symlink_to("/etc/hostname")
-    with pytest.raises(CheckpointError, match=r"config.json: expected a file inside"):
-        CheckpointReader.open(folder)
 
 
 NOT_CHECKPOINTS = {

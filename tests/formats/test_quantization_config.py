@@ -36,7 +36,7 @@ def test_what_is_written_is_read_back(scheme: Scheme) -> None:
     assert parsed.scheme_of("a.gate_proj") == scheme.weights
     assert parsed.scheme_of("lm_head") is None
     assert parsed.scheme_of("a.router") is None
-    assert parsed.ignore == ("lm_head", "a.router")
+    assert parsed.ignored.items == ("lm_head", "a.router")
     assert parsed.kv_cache_scheme is None
 
 
