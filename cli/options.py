@@ -82,14 +82,12 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Tokens of a calibration sample.",
         ),
-        click.option(
-            "--seed", type=int, default=0, show_default=True, help="Order in which calibration text is drawn."
-        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Order of the calibration text."),
         click.option(
             "--text-column",
             default="text",
             show_default=True,
-            help="Where records of calibration data have plain text.",
+            help="Where calibration records have plain text.",
         ),
         click.option("--device", default="cpu", show_default=True, help="Where calibration computes: cpu, cuda, ..."),
     ]
