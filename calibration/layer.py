@@ -79,7 +79,8 @@ class LayerPass:
         """Hidden states before the layer -> hidden states after attention, in `after`."""
         config = self._maths.config
         names = [f"{self._base}.self_attn.{projection}_proj" for projection in "qkv"]
-        gain = self._weights.original(f"{self._base}.input_layernorm.weight")
+        gain = self._kept(f"{self._base}.input_layernorm.weight")
+        biases = [self._bias(name) for name in names]
         width = config.num_attention_heads * config.head_dim
 
         def normed(rows: slice) -> Inputs:
@@ -87,7 +88,6 @@ class LayerPass:
 
         moments = self._moments(names[0], before.quantized.chunks(), normed)
         pairs = self._quantize(names, moments)
-        biases = [self._bias(name) for name in names]
         with self._scratch(before, "context", width) as context:
             for rows, length in self._sequences.batches(_ATTENTION_ROWS):
                 inputs = normed(rows)
@@ -104,7 +104,7 @@ class LayerPass:
     # Dense feed-forward ----------------------------------------------------------------------------------------------
 
     def _dense(self, after: Streams) -> None:
-        gain = self._weights.original(f"{self._base}.post_attention_layernorm.weight")
+        gain = self._kept(f"{self._base}.post_attention_layernorm.weight")
         base = f"{self._base}.feed_forward"
 
         def normed(rows: slice) -> Inputs:
@@ -133,7 +133,7 @@ class LayerPass:
 
     def _experts(self, after: Streams) -> None:
         """Shared expert first, then each routed expert on its own rows."""
-        gain = self._weights.original(f"{self._base}.post_attention_layernorm.weight")
+        gain = self._kept(f"{self._base}.post_attention_layernorm.weight")
         base = f"{self._base}.feed_forward"
         config = self._maths.config
         with self._scratch(after, "normed", config.hidden_size) as normed:
@@ -153,7 +153,7 @@ class LayerPass:
                     self._expert(f"{base}.experts.{expert}", chosen, normed, after, (wanted, weights_T))
 
     def _route(self, normed: Streams) -> Routing:
-        router_EH = self._weights.original(f"{self._base}.feed_forward.router")
+        router_EH = self._kept(f"{self._base}.feed_forward.router")
         logits = [
             torch.cat([self._maths.route(file.read(rows), router_EH)[0] for rows in file.chunks()])
             for file in normed.both()
@@ -289,8 +289,13 @@ class LayerPass:
         """Activations as the weight meets them; only stored weights round them."""
         return as_quantized_inputs(x_RK, self._weights.decision(name).scheme) if side == "stored" else x_RK
 
+    def _kept(self, name: str) -> Tensor:
+        """A weight that stays BF16, once it is written."""
+        self._weights.keep(name)
+        return self._weights.original(name)
+
     def _bias(self, name: str) -> Tensor | None:
-        return self._weights.original(f"{name}.bias") if self._maths.config.attention_bias else None
+        return self._kept(f"{name}.bias") if self._maths.config.attention_bias else None
 
     def _both(self, streams: Streams, rows: slice, change: Callable[[Tensor], Tensor] = lambda x: x) -> Inputs:
         quantized = change(streams.quantized.read(rows))

@@ -62,6 +62,7 @@ class CalibrationReport:
         algorithm: "gptq" or "best".
         data: what the tokens were taken from.
         num_samples, num_tokens: how much of it.
+        equalized: powers of two were moved between weights, some that stay BF16 among them (calibration/equalize.py).
         layers: a record per decoder layer.
         notes: experts with too little data and what was done about them, and anything else that a user should know.
     """
@@ -70,6 +71,7 @@ class CalibrationReport:
     data: str
     num_samples: int
     num_tokens: int
+    equalized: bool
     layers: tuple[LayerRecord, ...]
     notes: tuple[str, ...]
 

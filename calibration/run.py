@@ -50,7 +50,7 @@ class PreparedCalibration:
 
     def items(self, plan: Plan, items: Sequence[WorkItem]) -> tuple[WorkItem, ...]:
         """The items that are calibrated; all others need no data and have to be done before `run`."""
-        return calibrated_items(plan, items)
+        return calibrated_items(plan, items, self.settings.solver)
 
     def run(
         self,
@@ -99,6 +99,7 @@ class PreparedCalibration:
             data="; ".join(description.sources),
             num_samples=len(self.lengths),
             num_tokens=sum(self.lengths),
+            equalized=self.settings.solver.equalize,
             layers=layers,
             notes=(*notes, *_coverage_notes(layers)),
         )

@@ -17,20 +17,27 @@ from llama4_quant.calibration.settings import SolverSettings
 from llama4_quant.calibration.streams import Position, Sequences, StreamFiles, Streams, drift
 from llama4_quant.calibration.weights import Weights
 from llama4_quant.config import Llama4Config
-from llama4_quant.plan import Plan
+from llama4_quant.plan import Decision, Plan
 from llama4_quant.work import WorkItem, item_decisions
 
+KEPT_ROLES = (Role.NORM, Role.ROUTER, Role.BIAS)
+"""Of the decoder's layers: they stay BF16, with factors that equalization moves into them."""
 CALIBRATED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP, Role.ROUTED_EXPERT)
 
 
-def calibrated_items(plan: Plan, items: Sequence[WorkItem]) -> tuple[WorkItem, ...]:
-    """Items whose weights the pass quantizes; all others need no data."""
-    return tuple(item for item in items if _is_calibrated(plan, item))
+def calibrated_items(plan: Plan, items: Sequence[WorkItem], settings: SolverSettings) -> tuple[WorkItem, ...]:
+    """Items whose weights the pass writes; all others need no data."""
+    return tuple(
+        item
+        for item in items
+        if any(_is_calibrated(decision, settings) for decision in item_decisions(plan.tensors[item.tensor], item))
+    )
 
 
-def _is_calibrated(plan: Plan, item: WorkItem) -> bool:
-    decisions = item_decisions(plan.tensors[item.tensor], item)
-    return any(d.scheme is not None and d.role in CALIBRATED_ROLES for d in decisions)
+def _is_calibrated(decision: Decision, settings: SolverSettings) -> bool:
+    if decision.scheme is None:
+        return settings.equalize and decision.role in KEPT_ROLES and decision.layer is not None
+    return decision.role in CALIBRATED_ROLES
 
 
 class SequentialPass:

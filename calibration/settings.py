@@ -29,6 +29,7 @@ class SolverSettings:
         ridge_percent: of the correction; see `corrected`.
         num_sweeps: of coordinate descent after GPTQ.
         refit_scales: solve for the scales between sweeps.
+        equalize: move powers of two between weights first (equalize.py).
     """
 
     damp_percent: float = 0.01
@@ -36,6 +37,7 @@ class SolverSettings:
     ridge_percent: float = 0.02
     num_sweeps: int = 0
     refit_scales: bool = False
+    equalize: bool = True
 
 
 _SOLVERS = {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama4_quant.calibration.equalize import Equalizer
 from llama4_quant.calibration.hessian import Moments
 from llama4_quant.calibration.records import CalibrationRecord
 from llama4_quant.calibration.settings import SolverSettings
@@ -26,6 +27,7 @@ from llama4_quant.plan import Decision, Plan
 from llama4_quant.quantizers.backend import Backend
 from llama4_quant.quantizers.packed import PackedWeight
 from llama4_quant.quantizers.quantize import dequantize_weight
+from llama4_quant.scheme import WeightScheme
 from llama4_quant.work import WorkItem
 
 
@@ -63,19 +65,40 @@ class Weights:
         for item in items:
             self._items.setdefault((plan.tensors[item.tensor].spec.name, item.expert), []).append(item)
         self._finished = set(writer.records())
+        self._equalizer = Equalizer(plan, self._scheme_of, reader) if settings.equalize else None
+
+    def _scheme_of(self, name: str) -> WeightScheme | None:
+        return self._decisions[name].scheme
 
     def decision(self, name: str) -> Decision:
         """What the plan says about a weight."""
         return self._decisions[name]
 
     def original(self, name: str) -> Tensor:
-        """A weight, norm or bias of the source, float32; [out, in] for linear weights."""
+        """A weight, norm or bias of the source, equalized, float32; [out, in] for linear weights."""
         decision = self._decisions[name]
         linear = decision.linear
         if linear is None or linear.expert is None:
-            return self._on_device(self._reader.read(linear.source if linear else name))
-        stored_IN = self._reader.read_slice(linear.source, linear.expert, 0, linear.in_features)
-        return self._on_device(stored_IN[:, linear.out_start : linear.out_start + linear.out_features].T)
+            values = self._reader.read(linear.source if linear else name)
+        else:
+            stored_IN = self._reader.read_slice(linear.source, linear.expert, 0, linear.in_features)
+            values = stored_IN[:, linear.out_start : linear.out_start + linear.out_features].T
+        values = values.to(torch.float32)
+        return (values if self._equalizer is None else self._equalizer.factors(name).apply(values)).to(self.device)
+
+    def keep(self, name: str) -> None:
+        """Write a norm's gain, a bias or a router, which stay BF16, with the factors that were moved into them."""
+        if self._equalizer is None:
+            return  # written like all weights that need no data
+        decision = self._decisions[name]
+        source = decision.linear.source if decision.linear else name
+        items = self._items[source, None]
+        if all(item.id in self._finished for item in items):
+            return
+        values = self.original(name).cpu().to(torch.bfloat16)
+        if not bool(torch.isfinite(values).all()):
+            raise QuantizationError(f"{name}: holds NaN or Inf; the checkpoint is damaged: download it again")
+        self._record(items, [self._writer.write(decision.outputs[0].name, values)], [])
 
     def quantize(self, names: Sequence[str], moments: Moments, num_prior_rows: int = 0) -> tuple[dict[str, Pair], int]:
         """Quantize weights that share their inputs, and whose work items hold no other weights.
@@ -167,6 +190,3 @@ class Weights:
         tensors: Mapping[str, Tensor] = {output.name: self._writer.read(output.name) for output in decision.outputs}
         values = dequantize_weight(decode(name, tensors, decision.scheme), torch.float32)
         return Pair(original=original, stored=values.to(self.device))
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=torch.float32)
