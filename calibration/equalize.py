@@ -128,33 +128,24 @@ class Equalizer:
             return
         energy_K = torch.zeros(self._config.text.hidden_size, dtype=torch.float64)
         for group in groups:
-            found_K = self._column_energy(group)
-            num_rows = sum(self._decisions[name].shape[0] for name in group)
-            energy_K += found_K * (num_rows / found_K.mean().clamp(min=1e-300))
+            energy_K += self._column_energy(group)
         columns = _inverse_norms(energy_K)
         yield norm, Factors(outputs=1 / columns)
         for name in (*followers, *others):
             yield name, Factors(inputs=columns)
 
     def _column_energy(self, group: Sequence[str]) -> Tensor:
-        """Sum of squares of each column, float64 [K], over weights that share their inputs.
+        """Sum of squares of each column, of rows that are scaled to norm 1: float64 [K].
 
         Args:
-            group: their names; of a routed expert all weights that one tensor holds.
+            group: weights that share their inputs; of a routed expert all weights that one tensor holds.
         """
         linears = [linear for name in group if (linear := self._decisions[name].linear)]
-        energy_K = torch.zeros(linears[0].in_features, dtype=torch.float64)
-        if linears[0].expert is not None:  # [in, out] of all of them: read once
-            for start in range(0, linears[0].in_features, _ROWS):
-                rows = slice(start, min(start + _ROWS, linears[0].in_features))
-                part = self._reader.read_slice(linears[0].source, linears[0].expert, rows.start, rows.stop)
-                energy_K[rows] += part.double().square().sum(dim=1)
-            return energy_K
-        for linear in linears:
-            for start in range(0, linear.out_features, _ROWS):
-                part = self._reader.read_rows(linear.source, start, min(start + _ROWS, linear.out_features))
-                energy_K += part.double().square().sum(dim=0)
-        return energy_K
+        first = linears[0]
+        if first.expert is not None:  # [in, out] of all of them, read once
+            stored_KN = self._reader.read_slice(first.source, first.expert, 0, first.in_features)
+            return _row_normalized_energy(stored_KN.T)
+        return torch.stack([_row_normalized_energy(self._reader.read(linear.source)) for linear in linears]).sum(dim=0)
 
     def _is_int4(self, name: str) -> bool:
         scheme = self._scheme_of(name)
@@ -162,6 +153,14 @@ class Equalizer:
 
     def _is_quantized(self, name: str) -> bool:
         return self._scheme_of(name) is not None
+
+
+def _row_normalized_energy(weight_NK: Tensor) -> Tensor:
+    energy_K = torch.zeros(weight_NK.shape[1], dtype=torch.float64)
+    for start in range(0, len(weight_NK), _ROWS):
+        squares = weight_NK[start : start + _ROWS].double().square()
+        energy_K += squares.div_(squares.sum(dim=1, keepdim=True).clamp(min=1e-300)).sum(dim=0)
+    return energy_K
 
 
 def _inverse_norms(energy_K: Tensor) -> Tensor:
