@@ -1,5 +1,6 @@
 """File operations of an output: errors in words, space reserved, contents and names synced."""
 
+import ctypes
 import errno
 import os
 import shutil
@@ -20,28 +21,48 @@ def os_errors(what: str, folder: Path | None = None, needed: int = 0) -> Iterato
         yield
     except OSError as problem:
         if problem.errno in _FULL and folder is not None:
-            while not folder.exists():
-                folder = folder.parent
-            raise OutputError(f"{what}: {no_space(needed, shutil.disk_usage(folder).free)}") from problem
+            free = shutil.disk_usage(existing_parent(folder)).free
+            raise OutputError(f"{what}: {no_space(needed, free)}") from problem
         hint = (
             "use a smaller --max-shard-size" if problem.errno == errno.EFBIG else "check the disk and the permissions"
         )
         raise OutputError(f"{what}: {problem.strerror}; {hint}") from problem
 
 
+def existing_parent(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists: it says on which disk the folder would be."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def no_space(needed: int, free: int) -> str:
     """What to say about a full disk."""
-    return f"no space left: {needed:,} bytes needed, {free:,} free; free some space or choose another output folder"
+    return (
+        f"no space left: {needed:,} bytes needed, {free:,} free; free some space and run the same command again, or "
+        "choose another output folder"
+    )
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
     """Make an open file `nbytes` long and reserve its blocks, where the file system can."""
     try:
-        os.posix_fallocate(descriptor, 0, nbytes)
+        fallocate(descriptor, nbytes)
     except OSError as problem:
         if problem.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
             raise
         os.ftruncate(descriptor, nbytes)  # this file system cannot reserve; a full disk shows while writing
+
+
+def fallocate(descriptor: int, nbytes: int) -> None:
+    """Reserve the blocks of a file, and raise OSError where the file system cannot.
+
+    Not `os.posix_fallocate`: there the C library would write to every block instead, which takes as long as writing the
+    whole output, and on a network file system longer.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    while library.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> int:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import threading
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from llama4_quant.checkpoint.buffers import write_from
 from llama4_quant.checkpoint.files import open_own, read_own
 from llama4_quant.checkpoint.json_files import parse_json
 from llama4_quant.checkpoint.locks import try_lock
+from llama4_quant.checkpoint.machine import boot_id
 from llama4_quant.errors import ConfigError
 
 PATTERN = "journal-*.jsonl"
@@ -34,7 +34,6 @@ MAX_JOURNAL_BYTES = 2**28
 """Maverick's take some millions for all processes together."""
 _CHECK_DIGITS = 16
 _RANGE_TYPES = ([str, int, int, str, int], [str, int, int, str, type(None)])
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,14 +140,6 @@ def others_alive(folder: Path, rank: int) -> bool:
     """Whether another process holds a journal of this folder."""
     own = f"journal-{rank}.jsonl"
     return any(_is_held(path) for path in folder.glob(PATTERN) if path.name != own)
-
-
-def boot_id() -> str:
-    """Names the run of the kernel that holds our unsynced writes; unique each time where the kernel does not tell."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return uuid.uuid4().hex
 
 
 def _is_held(path: Path) -> bool:

@@ -92,7 +92,7 @@ class Staging:
 
     def allocated(self) -> int:
         """Bytes of disk that staged files occupy already."""
-        return sum(path.lstat().st_blocks * _BLOCK for path in self.folder.iterdir())
+        return reserved_bytes(self.out)
 
     def require_space(self, needed: int) -> None:
         """Raise OutputError if the file system has less than `needed` bytes free."""
@@ -215,6 +215,12 @@ class Staging:
     def _end_turn(self) -> None:
         if self._turn is not None:
             self._turn.close()
+
+
+def reserved_bytes(out: Path) -> int:
+    """Bytes of disk that an unfinished output occupies already."""
+    folder = out / STAGING_NAME
+    return sum(path.lstat().st_blocks * _BLOCK for path in folder.iterdir()) if folder.is_dir() else 0
 
 
 def check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:

@@ -5,6 +5,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from llama4_quant.checkpoint import files
 from llama4_quant.checkpoint.header import DTYPES
 from llama4_quant.checkpoint.layout import Layout, OutputTensor, layout_shards
 from llama4_quant.checkpoint.reader import CheckpointReader
@@ -198,9 +200,9 @@ def _full(*_: object) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+@pytest.mark.parametrize(("module", "call"), [(files, "fallocate"), (os, "pwrite"), (os, "fsync")])
 def test_a_full_disk_is_one_message_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: str
 ) -> None:
     tensors = some_tensors()
     out = tmp_path / "out"
@@ -212,7 +214,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
             writer.finish(CONFIG, {})
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, _full)
+        patch.setattr(module, call, _full)
         with pytest.raises(OutputError, match=r"no space left: [\d,]+ bytes needed, [\d,]+ free; free some space"):
             convert()
     assert not out.exists()
@@ -223,7 +225,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
 def test_too_large_an_output_is_refused_before_a_byte_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("space was not checked first"))
+    monkeypatch.setattr(files, "fallocate", lambda *_: pytest.fail("space was not checked first"))
     layout = layout_shards([OutputTensor(name="a", dtype=torch.uint8, shape=(2**60,))], 2**61)
     with (
         pytest.raises(OutputError, match="no space left: 1,152,921,504,606,8"),
@@ -247,7 +249,7 @@ def test_a_file_system_that_cannot_reserve_is_written_all_the_same(
     def unsupported(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(files, "fallocate", unsupported)
     tensors = {"a": torch.zeros(1000), "b": torch.ones(10)}
     with CheckpointWriter(tmp_path / "out", layout_of(tensors)) as writer:
         for name, values in tensors.items():
