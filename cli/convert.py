@@ -1,14 +1,15 @@
 """`llama4-quant convert`."""
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from llama4_quant.checkpoint.layout import parse_size
+from llama4_quant.checkpoint.paths import STAGING_NAME
 from llama4_quant.checkpoint.resume import Resume
 from llama4_quant.cli.options import (
     SCHEMES,
@@ -108,42 +109,58 @@ def convert_command(
         raise UsageError("--config-only and --save-plan go with --dry-run")
     if not is_dry_run and output is None:
         raise UsageError("convert needs -o OUT, the directory to make (or --dry-run)")
-    planned = dry_run(
-        source,
-        scheme=scheme,
-        format=storage,
-        revision=revision,
-        config_only=config_only,
-        model_parallel=model_parallel,
-        max_memory=max_memory,
-        workers=workers,
-    )
+    chosen: dict[str, Any] = {
+        "scheme": scheme,
+        "format": storage,
+        "revision": revision,
+        "model_parallel": model_parallel,
+        "max_memory": max_memory,
+        "workers": workers,
+    }
     if is_dry_run:
+        planned = dry_run(source, config_only=config_only, **chosen)
         if save_plan is not None:
             save_plan.write_text(json.dumps(planned.to_json(), indent=1) + "\n", encoding="utf-8")
         _show(planned, as_json=as_json)
         return
     assert output is not None
     is_first = Rank.from_environment().rank == 0  # one of several processes talks
-    with byte_progress("converting", planned.totals.bytes_in) if is_first else nullcontext() as advance:
+    with _ProgressOfPlan() as shown, _said_when_stopped(output, is_first=is_first):
         report = convert(
             source,
             output,
-            scheme=scheme,
-            format=storage,
-            model_parallel=model_parallel,
             calibration=calibration,
             max_shard_size=shard_size,
-            max_memory=max_memory,
-            workers=workers,
             resume=resume,
             delete_source_shards=delete_source_shards,
             overwrite=overwrite,
-            revision=revision,
-            progress=advance,
+            on_plan=shown.plan if is_first else None,
+            progress=shown.progress if is_first else None,
+            **chosen,
         )
     if is_first:
         _show(report, as_json=as_json)
+
+
+@contextmanager
+def _said_when_stopped(output: Path, *, is_first: bool) -> Iterator[None]:
+    """A signal stops the conversion in order: say that this is not the end of it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if is_first and (output / STAGING_NAME).exists():
+            click.echo(f"what is finished is kept in {output}; the same command continues it", err=True)
+        raise
+
+
+class _ProgressOfPlan(ExitStack):
+    """A bar that appears when `convert` says how much there is to do."""
+
+    def plan(self, planned: Report) -> None:
+        self._advance = self.enter_context(byte_progress("converting", planned.totals.bytes_in))
+
+    def progress(self, what: str, num_bytes: int) -> None:
+        self._advance(what, num_bytes)
 
 
 def _show(report: Report, *, as_json: bool) -> None:

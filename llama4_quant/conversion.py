@@ -60,7 +60,7 @@ class Conversion:
                 num_workers=memory.num_workers,
                 buffer_bytes=max(item.num_bytes for item in mine),
             )
-            with closing(workers.run(self._writer.sync)) as finished:
+            with closing(workers.run(self._writer.sync, self._reader.stop_waiting)) as finished:
                 for item in finished:
                     told(self._plan.tensors[item.tensor].spec.name, item.num_bytes)
         self._writer.sync()

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from llama4_quant.architecture import Role
 from llama4_quant.calibration.memory import with_calibration
 from llama4_quant.calibration.run import PreparedCalibration, prepare
 from llama4_quant.calibration.settings import Calibration
+from llama4_quant.checkpoint.files import os_errors
+from llama4_quant.checkpoint.hub_cache import bytes_to_download, cache_folder, require_room
 from llama4_quant.checkpoint.hub_reader import HubReader
 from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.layout import Layout, layout_shards, parse_size
@@ -27,13 +29,13 @@ from llama4_quant.checkpoint.meta import MetaReader
 from llama4_quant.checkpoint.paths import DOWNLOAD_NAME, STAGING_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.resume import Job, Resume, parse_resume
-from llama4_quant.checkpoint.source import open_headers, open_source, side_files
-from llama4_quant.checkpoint.staging import check_output
+from llama4_quant.checkpoint.source import is_hub_id, open_headers, open_source, side_files
+from llama4_quant.checkpoint.staging import check_output, reserved_bytes
 from llama4_quant.checkpoint.state_dicts import layout_state_dicts
 from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.config import Llama4Config
 from llama4_quant.conversion import Conversion
-from llama4_quant.errors import OutputError, QuantizationError, UsageError
+from llama4_quant.errors import OtherLayoutError, OutputError, QuantizationError, UsageError
 from llama4_quant.formats import compressed_tensors, fbgemm_fp8
 from llama4_quant.formats.choice import CheckpointFormat, choose_format
 from llama4_quant.formats.meta_params import params_of
@@ -102,6 +104,7 @@ def convert(
     resume: str = Resume.AUTO,
     delete_source_shards: bool = False,
     calibration: Calibration | None = None,
+    on_plan: Callable[[Report], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Convert a BF16 Llama 4 checkpoint to a quantized one, or to another layout.
@@ -128,6 +131,7 @@ def convert(
             output and a few shards. Local folders and the Hub's cache are never touched.
         calibration: choose codes for the layers' outputs on calibration data instead of rounding to nearest; see
             `make_calibration`.
+        on_plan: called once with what `dry_run` would return, when that is certain and no weight has been read.
         progress: called after each piece of work.
 
     Under torchrun (RANK and WORLD_SIZE in the environment) every process has to call this: they share the work, and
@@ -144,9 +148,23 @@ def convert(
     started = time.perf_counter()
     mode, rank = parse_resume(resume), Rank.from_environment()
     storage, chosen = choose_format(format, scheme)
-    out = Path(output)
+    out, shard_size = Path(output), parse_size(max_shard_size)
+    with os_errors(f"{out}: cannot be used"):
+        check_output(out.resolve(), overwrite=overwrite, source=Path(source))
+    if not delete_source_shards and is_hub_id(str(source), revision):
+        with suppress(OtherLayoutError):  # its plan is known once it is here
+            ahead = dry_run(
+                source,
+                scheme=chosen,
+                format=storage,
+                revision=revision,
+                model_parallel=model_parallel,
+                max_memory=max_memory,
+                workers=workers,
+            )
+            _require_room(str(source), revision, out, ahead.totals.bytes_out)
     with open_source(
-        str(source), revision, download_to=_downloads(out, rank, overwrite=overwrite) if delete_source_shards else None
+        str(source), revision, download_to=_downloads(out, rank) if delete_source_shards else None
     ) as reader:
         plan = _plan(reader, chosen, storage, model_parallel)
         config = output_config(plan, reader)
@@ -157,7 +175,8 @@ def convert(
             _check_calibration(storage, rank, delete_source_shards=delete_source_shards)
             prepared = prepare(calibration, reader)
             memory = with_calibration(memory, plan, calibration.solver, max(prepared.lengths))
-        shard_size = parse_size(max_shard_size)
+        if on_plan is not None:
+            on_plan(make_report(plan, str(source), memory=memory))
         layout = _layout(plan, shard_size)
         job = Job(
             fingerprint=_fingerprint(reader, plan, shard_size, prepared),
@@ -168,7 +187,7 @@ def convert(
         )
         with ExitStack() as stack:
             with rank.meeting() as meet:
-                meet()
+                rank.check_shared(out.resolve() / STAGING_NAME)
                 writer = stack.enter_context(
                     CheckpointWriter(out, layout, overwrite=overwrite, source=reader.path, job=job)
                 )
@@ -203,9 +222,14 @@ def convert(
             )
 
 
-def _downloads(out: Path, rank: Rank, *, overwrite: bool) -> Path:
-    """Where shards are downloaded to that are deleted after use: inside the output, if that may be written at all."""
-    check_output(out.resolve(), overwrite=overwrite, source=None)
+def _require_room(repository: str, revision: str | None, out: Path, output_bytes: int) -> None:
+    """Refuse full disks before weights are downloaded; headers and side files of the output are left out."""
+    left = max(0, output_bytes - reserved_bytes(out))
+    require_room({cache_folder(): bytes_to_download(repository, revision), out.resolve(): left})
+
+
+def _downloads(out: Path, rank: Rank) -> Path:
+    """Where shards are downloaded to that are deleted after use: inside the output."""
     if rank.world_size > 1:
         raise UsageError("--delete-source-shards works in one process, since each would download every shard")
     return out / STAGING_NAME / DOWNLOAD_NAME

@@ -13,6 +13,14 @@ class CheckpointError(Llama4QuantError):
     """The source checkpoint is missing, damaged, or does not hold what its config.json promises."""
 
 
+class HubError(CheckpointError):
+    """The Hub cannot be reached, or does not give access; what is needed may be in its local cache."""
+
+
+class OtherLayoutError(CheckpointError):
+    """A Hub repository without safetensors, so that its weights are not known from headers."""
+
+
 class ConfigError(Llama4QuantError):
     """config.json (or another JSON file of the source) cannot be used."""
 

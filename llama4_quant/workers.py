@@ -42,7 +42,7 @@ class Workers(Generic[T]):
         self._next_pause = 0.0
         self._done: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
 
-    def run(self, pause: Callable[[], None]) -> Generator[T, None, None]:
+    def run(self, pause: Callable[[], None], stopping: Callable[[], None] = lambda: None) -> Generator[T, None, None]:
         """Do all items; yields each when it is finished, in no particular order.
 
         Whatever ends this early (an error in an item, a signal's exception, `close`) lets the items in hand be finished
@@ -50,6 +50,8 @@ class Workers(Generic[T]):
 
         Args:
             pause: called by the waiting thread every few seconds.
+            stopping: called if this ends early, before the items in hand are waited for: what they wait for themselves
+                should fail then.
 
         Raises:
             BaseException: what `do` raised.
@@ -65,6 +67,10 @@ class Workers(Generic[T]):
                 thread.start()
             for _ in range(self._num_items):
                 yield self._next(pause)
+        except BaseException:
+            self._stop.set()
+            stopping()
+            raise
         finally:
             self._stop.set()
             _join(threads)

@@ -2,13 +2,13 @@
 
 Only what a conversion needs is ever asked for: configuration, tokenizer and licence, and the weight files that the
 index names. The client takes the token from HF_TOKEN or `hf auth login`, retries, resumes a file whose connection
-drops, and uses hf_xet if it is installed (HF_HUB_DISABLE_XET=1 switches that off).
+drops, and uses hf_xet if it is installed (HF_HUB_DISABLE_XET=1 switches that off). Whole repositories in the Hub's
+cache: hub_cache.py.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from threading import Event
 from typing import Self
@@ -20,7 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from llama4_quant.checkpoint.hub_errors import hub_errors, with_retries
 from llama4_quant.checkpoint.hub_transfer import read_part, silent_bar
 from llama4_quant.checkpoint.json_files import read_json, shown
-from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, PARAMS_NAME, SINGLE_FILE_NAME, is_plain_name
+from llama4_quant.checkpoint.paths import INDEX_NAME, is_plain_name
 from llama4_quant.errors import CheckpointError
 
 SIDE_PATTERNS = (
@@ -39,28 +39,8 @@ SIDE_PATTERNS = (
 )
 """Files beside the weights that belong to a checkpoint."""
 
-_SMALL_PATTERNS = ["*.json", *SIDE_PATTERNS]
-_NEVER = ["*/*", "*.py", "*.safetensors", "*.pth", "*.pt", "*.bin", "*.gguf"]
-_META_PATTERN = "consolidated.*.pth"
-
-
-def download_checkpoint(repository: str, revision: str | None) -> Path:
-    """Download what a conversion needs into the Hub's cache, or find it there.
-
-    Raises:
-        CheckpointError: no such repository or revision, no access, no connection, or an index that is not usable.
-    """
-    at = f"{repository} at revision {revision}" if revision else repository
-    with hub_errors(at, repository):
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=_SMALL_PATTERNS, ignore_patterns=_NEVER
-            )
-        )
-        huggingface_hub.snapshot_download(
-            repository, revision=folder.name, allow_patterns=_weight_patterns(folder), ignore_patterns=["*/*"]
-        )
-    return folder
+SMALL_PATTERNS = ["*.json", *SIDE_PATTERNS]
+NEVER_PATTERNS = ["*/*", "*.py", "*.safetensors", "*.pth", "*.pt", "*.bin", "*.gguf"]
 
 
 def shards_in_index(folder: Path) -> frozenset[str]:
@@ -78,6 +58,11 @@ def shards_in_index(folder: Path) -> frozenset[str]:
     if not shards:
         raise CheckpointError(f"{path}: expected weight_map to map tensors to files, found {shown(weight_map)}")
     return shards
+
+
+def described(repository: str, revision: str | None) -> str:
+    """A repository as the user named it, for messages."""
+    return f"{repository} at revision {revision}" if revision else repository
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +116,7 @@ class Repository:
         Raises:
             CheckpointError: no such repository or revision, no access, or no connection.
         """
-        with hub_errors(f"{name} at revision {revision}" if revision else name, name):
+        with hub_errors(described(name, revision), name):
             api = HfApi()
             commit = with_retries(lambda: api.model_info(name, revision=revision)).sha
             if commit is None:
@@ -171,8 +156,8 @@ class Repository:
                 self.name,
                 revision=self.commit,
                 local_dir=folder,
-                allow_patterns=_SMALL_PATTERNS,
-                ignore_patterns=_NEVER,
+                allow_patterns=SMALL_PATTERNS,
+                ignore_patterns=NEVER_PATTERNS,
             )
 
     def download(self, file: RemoteFile, folder: Path, stop: Event) -> Path:
@@ -211,11 +196,3 @@ def _remote(file: RepoFile) -> RemoteFile:
     return RemoteFile(
         name=file.path, size=file.size, sha256=file.lfs.sha256 if file.lfs else None, blob_id=file.blob_id
     )
-
-
-def _weight_patterns(folder: Path) -> list[str]:
-    if (folder / INDEX_NAME).exists():
-        return [escape(name) for name in sorted(shards_in_index(folder))]
-    if (folder / PARAMS_NAME).exists() and not (folder / CONFIG_NAME).exists():
-        return [_META_PATTERN]
-    return [SINGLE_FILE_NAME]

@@ -30,11 +30,13 @@ from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.shard_store import ShardStore
-from llama4_quant.errors import CheckpointError, Llama4QuantError, OutputError
+from llama4_quant.errors import CheckpointError, Llama4QuantError, OtherLayoutError, OutputError
 
 _FIRST_REQUEST_BYTES = 128 * 2**10
 """Enough for the header of a shard with a thousand tensors, so that most shards take one request."""
 _NUM_REQUESTS_AT_ONCE = 8
+PATIENCE_SECONDS = 10.0
+"""How long work on another shard waits before one is given up that has not been read to its end."""
 
 
 def shard_order(entry: TensorEntry) -> tuple[str, int]:
@@ -69,7 +71,7 @@ class HubReader(CheckpointReader):
         self._shards = {name: repository.files[name] for name in sorted(names)}
         self._cached = {name: path for name, file in self._shards.items() if (path := repository.cached(file))}
         leftover = [name for name in self._shards if (folder / name).exists()]
-        self._store = ShardStore(self._fetch, self._drop, num_shards, leftover)
+        self._store = ShardStore(self._fetch, self._drop, num_shards, leftover, PATIENCE_SECONDS)
         self.expect((entry.name, entry.nbytes) for entry in sorted(tensors.values(), key=shard_order))
 
     @classmethod
@@ -141,6 +143,11 @@ class HubReader(CheckpointReader):
         """Say that the shard of this file name will not be needed any more: it is deleted, or never downloaded."""
         self._store.done(shard)
 
+    def stop_waiting(self) -> None:
+        """Let reads that wait for a download fail, now and later; those that have begun are finished."""
+        self._stop.set()
+        self._store.close(seconds=0)
+
     def close(self) -> None:
         """Stop downloading and close all files; shards that were not read to the end stay, for the next process."""
         self._stop.set()
@@ -190,9 +197,10 @@ def _outline(repository: Repository, small: Path, scratch: Path) -> CheckpointRe
         names = shards_in_index(scratch) if (scratch / INDEX_NAME).exists() else frozenset()
         shards = [file for name, file in repository.files.items() if name in {*names, SINGLE_FILE_NAME}]
         if not shards:
-            raise CheckpointError(
+            raise OtherLayoutError(
                 f"{repository.at()}: expected {CONFIG_NAME} and .safetensors weights (Hugging Face layout), found "
-                f"{shown(sorted(repository.files))}; other layouts have to be downloaded whole"
+                f"{shown(sorted(repository.files))}; other layouts have to be downloaded whole: `hf download "
+                f"{repository.name}`, and then the same command again"
             )
         with ThreadPoolExecutor(_NUM_REQUESTS_AT_ONCE) as pool:
             list(pool.map(lambda file: _write_outline(repository, file, scratch / file.name), shards))

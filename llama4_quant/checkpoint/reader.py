@@ -76,6 +76,9 @@ class CheckpointReader:
                 raise CheckpointError(f"{path}: expected weights, and its files hold no tensors; download it again")
             return cls(path=path, config=config, tensors=tensors, descriptors=descriptors, files=files.pop_all())
 
+    def stop_waiting(self) -> None:
+        """Let reads that wait for data fail, since their results are not wanted any more; local files never wait."""
+
     def close(self) -> None:
         """Close the files; reading afterwards is an error."""
         self._descriptors.clear()

@@ -3,11 +3,13 @@
 While one shard is in use the next one is fetched in the background. Which shards will be needed, in which order, and
 how many bytes of each will be read is announced by `expect`; a shard whose bytes have all been read is dropped at
 once. A shard that is asked for out of order is fetched too, at the cost of the one that was used least recently:
-order and announcement decide how fast this is, not whether it is right.
+order and announcement decide how fast this is, not whether it is right. A shard that has announced reads left is given
+up last, and only after a while: most often a thread has just not come to them yet, and downloading it again is dear.
 """
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +50,7 @@ class ShardStore:
         drop: Callable[[str], None],
         num_shards: int,
         leftover: Iterable[str] = (),
+        patience: float = 0.0,
     ) -> None:
         """Nothing is fetched before the first `held`.
 
@@ -56,12 +59,14 @@ class ShardStore:
             drop: gives up a shard that `fetch` made usable, or one of `leftover`; quick.
             num_shards: how many shards there may be, those on their way included.
             leftover: shards that are there from earlier; `fetch` is quick for them.
+            patience: seconds to wait for announced reads of other shards before one of these is given up.
         """
         assert num_shards >= 1
         self._fetch, self._drop, self._num_shards = fetch, drop, num_shards
         self._shards: dict[str, _Shard] = {}
         self._order: list[_Shard] = []
         self._leftover = sorted(leftover)
+        self._patience = patience
         self._num_requests = 0
         self._changed = threading.Condition()
         self._closed = False
@@ -144,22 +149,26 @@ class ShardStore:
         if shard.state is _State.ABSENT:
             shard.error = None  # of fetching ahead: that was some time ago
             shard.left = shard.left if shard.left > 0 else _UNANNOUNCED
+        give_up_at = time.monotonic() + self._patience
         while shard.state is not _State.READY:
             if self._closed:
                 raise CheckpointError(f"{shard.name}: the checkpoint is closed; read inside its `with` block")
             if shard.error is not None:
                 raise shard.error
-            if shard.state is _State.ABSENT and self._make_room():
+            left = give_up_at - time.monotonic()
+            if shard.state is _State.ABSENT and self._make_room(patient=left > 0):
                 self._start(shard)
-            self._changed.wait()
+            self._changed.wait(left if shard.state is _State.ABSENT and left > 0 else None)
 
     def _num_present(self) -> int:
         return sum(shard.state is not _State.ABSENT for shard in self._shards.values())
 
-    def _make_room(self) -> bool:
+    def _make_room(self, *, patient: bool) -> bool:
         if self._num_present() < self._num_shards:
             return True
         idle = [shard for shard in self._shards.values() if shard.state is _State.READY and not shard.num_users]
+        if patient:
+            idle = [shard for shard in idle if not 0 < shard.left < _UNANNOUNCED]
         if idle:
             self._discard(min(idle, key=lambda shard: shard.used))
         return bool(idle)

@@ -2,18 +2,19 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llama4_quant.checkpoint.hub import SIDE_PATTERNS, download_checkpoint
+from llama4_quant.checkpoint.hub import SIDE_PATTERNS
+from llama4_quant.checkpoint.hub_cache import cached_checkpoint, download_checkpoint
 from llama4_quant.checkpoint.hub_reader import HubReader
 from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.meta import MetaReader, is_meta_layout
 from llama4_quant.checkpoint.paths import CONFIG_NAME, DOWNLOAD_NAME, INDEX_NAME, is_plain_name, locate
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.errors import CheckpointError, UsageError
+from llama4_quant.errors import CheckpointError, HubError, OtherLayoutError, UsageError
 
 MAX_SIDE_FILE_BYTES = 2**28
 """Llama 4's tokenizer.json has 28 MB."""
@@ -54,8 +55,7 @@ def open_source(path_or_id: str, revision: str | None = None, *, download_to: Pa
         UsageError: as for `resolve`; or `download_to` with a local folder.
     """
     if download_to is None:
-        folder = resolve(path_or_id, revision)
-        return MetaReader.open(folder) if is_meta_layout(folder) else CheckpointReader.open(folder)
+        return _open(resolve(path_or_id, revision))
     path = _local(path_or_id, revision)
     if path is not None:
         raise UsageError(
@@ -65,11 +65,23 @@ def open_source(path_or_id: str, revision: str | None = None, *, download_to: Pa
     return HubReader.connect(path_or_id, revision, folder=download_to)
 
 
+def is_hub_id(path_or_id: str, revision: str | None = None) -> bool:
+    """Whether a repository of the Hub is meant, and not a local folder.
+
+    Raises:
+        CheckpointError, UsageError: as for `resolve`, if it can be neither.
+    """
+    return _local(path_or_id, revision) is None
+
+
 @contextmanager
 def open_headers(path_or_id: str, revision: str | None = None) -> Iterator[CheckpointReader]:
-    """Open a checkpoint to look at its headers: of a Hub repository no weights are downloaded, if that is possible.
+    """Open a checkpoint to look at its headers: of a Hub repository no weights are downloaded.
 
     Args and errors as of `open_source`.
+
+    Raises:
+        OtherLayoutError: a repository without safetensors that is not in the Hub's cache.
     """
     with ExitStack() as stack:
         yield stack.enter_context(_headers_of(path_or_id, revision, stack))
@@ -78,9 +90,18 @@ def open_headers(path_or_id: str, revision: str | None = None) -> Iterator[Check
 def _headers_of(path_or_id: str, revision: str | None, stack: ExitStack) -> CheckpointReader:
     if _local(path_or_id, revision) is None:
         scratch = Path(stack.enter_context(TemporaryDirectory()))
-        with suppress(CheckpointError):  # no connection, or Meta's layout: the Hub's cache may have all of it
+        try:
             return HubReader.connect(path_or_id, revision, folder=scratch / DOWNLOAD_NAME)
+        except (HubError, OtherLayoutError):
+            cached = cached_checkpoint(path_or_id, revision)
+            if cached is None:
+                raise
+            return _open(cached)
     return open_source(path_or_id, revision)
+
+
+def _open(folder: Path) -> CheckpointReader:
+    return MetaReader.open(folder) if is_meta_layout(folder) else CheckpointReader.open(folder)
 
 
 def side_files(source: Path) -> tuple[Path, ...]:

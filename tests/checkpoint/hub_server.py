@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from checkpoint.checkpoint_files import sharded
+from checkpoint.xet_server import XetStorage, token_headers
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
@@ -36,12 +37,16 @@ def blob_id(data: bytes) -> str:
 class LocalHub:
     """What is served, how it fails, and what was asked.
 
-    `cuts`: for a file, after how many bytes to cut each of the next connections; `failures`: for a file, the status of
-    each of the next answers; `damage`: how many answers hold wrong bytes; `sent`: bytes of content sent, by file.
+    `names`: branches and tags; `refusal`: status and headers of every answer of the Hub; `xet`: where large
+    files are besides; `cuts`: for a file, after how
+    many bytes to cut each of the next connections; `failures`: for a file, the status of each of the next answers;
+    `damage`: how many answers hold wrong bytes; `sent`: bytes of content sent, by file.
     """
 
     revisions: dict[str, dict[str, bytes]]
+    names: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
     gated: bool = False
+    refusal: tuple[int, dict[str, str]] | None = None
     down: bool = False
     ignores_ranges: bool = False
     cuts: dict[str, list[int]] = field(default_factory=dict)
@@ -52,6 +57,7 @@ class LocalHub:
     ranges: list[tuple[str, str | None]] = field(default_factory=list)
     tokens_at_storage: list[str] = field(default_factory=list)
     storage: str = ""
+    xet: XetStorage | None = None
 
     @property
     def downloaded(self) -> set[str]:
@@ -93,6 +99,10 @@ class _HubHandler(_Handler):
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         if self.hub.down:
             self.close_connection = True
+        elif self.hub.refusal is not None:
+            self.answer(self.hub.refusal[0], **self.hub.refusal[1])
+        elif self.hub.xet is not None and parts[-1:] == ["xet-token"]:
+            self.answer(200, **token_headers(self.hub.xet))
         elif parts[:2] == ["api", "models"]:
             self._api(parts[2:])
         elif len(parts) >= 5 and parts[2] == "resolve":
@@ -101,7 +111,7 @@ class _HubHandler(_Handler):
             self.answer(404)
 
     def _commit(self, revision: str) -> str | None:
-        aliases = {"main": COMMIT, **{commit: commit for commit in self.hub.revisions}}
+        aliases = {**self.hub.names, **{commit: commit for commit in self.hub.revisions}}
         commit = aliases.get(revision)
         if commit is None:
             self.answer(404, X_Error_Code="RevisionNotFound")
@@ -132,6 +142,9 @@ class _HubHandler(_Handler):
             self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         elif name.endswith(LARGE):
             linked = {"X_Linked_Size": str(len(data)), "X_Linked_Etag": f'"{hashlib.sha256(data).hexdigest()}"'}
+            if self.hub.xet is not None:
+                linked["X_Xet_Hash"] = self.hub.xet.add(data)
+                linked["Link"] = f'<{constants.ENDPOINT}/api/models/x/xet-token>; rel="xet-auth"'
             location = f"{self.hub.storage}/{commit}/{name}?signature=x"
             self.answer(302, Location=location, X_Repo_Commit=commit, ETag='"of-the-pointer"', **linked)
         else:

@@ -22,6 +22,13 @@ UNNEEDED = {
     "unused.safetensors": b"x" * 100,
     "evil.py": b"-",
     "pytorch_model.bin": b"-",
+    "pytorch_model-00001-of-00002.bin": b"-",
+    "model.onnx": b"-",
+    "model.gguf": b"-",
+    "tf_model.h5": b"-",
+    "flax_model.msgpack": b"-",
+    "consolidated.00.pth": b"-",
+    "onnx/config.json": b"-",
     "original/consolidated.00.pth": b"-",
     "metal/model.safetensors": b"-",
 }

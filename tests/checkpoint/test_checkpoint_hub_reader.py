@@ -10,6 +10,7 @@ from checkpoint.checkpoint_files import raw_file, record, same_bits, tree
 from checkpoint.hub_server import COMMIT, LocalHub, five_shards, open_files, running_hub, shards, whole
 from huggingface_hub import constants, snapshot_download
 
+from llama4_quant.checkpoint import hub_reader
 from llama4_quant.checkpoint.hub_reader import HubReader, shard_order
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_source, side_files
@@ -136,7 +137,8 @@ def test_another_commit_starts_with_an_empty_folder(hub: LocalHub, tmp_path: Pat
     assert whole(hub) == ["model-0.safetensors"] * 2
 
 
-def test_in_any_order_with_threads(hub: LocalHub, model: Path, tmp_path: Path) -> None:
+def test_in_any_order_with_threads(hub: LocalHub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_reader, "PATIENCE_SECONDS", 0.0)
     folder, seen = tmp_path / "download", []
     hub.on_download = lambda _: seen.append(len(shards(folder)))
     with HubReader.connect("org/name", folder=folder) as reader, CheckpointReader.open(model) as local:

@@ -56,9 +56,13 @@ def make() -> Iterator[Make]:
     made: list[ShardStore] = []
 
     def store(
-        disk: Disk, num_shards: int = 2, leftover: tuple[str, ...] = (), names: tuple[str, ...] = NAMES
+        disk: Disk,
+        num_shards: int = 2,
+        leftover: tuple[str, ...] = (),
+        names: tuple[str, ...] = NAMES,
+        patience: float = 0.0,
     ) -> ShardStore:
-        made.append(ShardStore(disk.fetch, disk.drop, num_shards, leftover))
+        made.append(ShardStore(disk.fetch, disk.drop, num_shards, leftover, patience))
         made[-1].expect((name, SIZE) for name in names)
         return made[-1]
 
@@ -111,6 +115,30 @@ def test_out_of_order_costs_the_shard_used_least_recently(make: Make) -> None:
     assert disk.present == {"a", "e"}
     read(store, "b", disk, SIZE - 1)
     assert disk.most == 2
+
+
+def test_a_shard_with_reads_to_come_is_waited_for(make: Make) -> None:
+    """A thread has taken work on `a` and not come to it yet, while others are done with `b` and ask for `c`."""
+    disk = Disk()
+    store = make(disk, patience=60.0)
+    read(store, "a", disk, 1)
+    until(lambda: disk.present == {"a", "b"})
+    with ThreadPoolExecutor(1) as pool, store.held("b", SIZE):
+        ahead = pool.submit(read, store, "c", disk)
+        time.sleep(0.02)
+        assert disk.present == {"a", "b"}
+        read(store, "a", disk, SIZE - 1)
+        ahead.result(timeout=10)
+    assert disk.log.count("+a") == 1
+
+
+def test_waiting_for_reads_ends(make: Make) -> None:
+    disk = Disk()
+    store = make(disk, patience=0.05)
+    read(store, "a", disk, 1)
+    until(lambda: disk.present == {"a", "b"})
+    read(store, "d", disk, 1)
+    assert disk.present == {"a", "d"}
 
 
 def test_a_shard_that_was_read_can_be_read_again_and_then_stays(make: Make) -> None:

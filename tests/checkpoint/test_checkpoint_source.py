@@ -200,7 +200,7 @@ def test_only_needed_files_are_downloaded(hub: type[Hub]) -> None:
     [
         ("org/gated", r"access is restricted; accept the licence at https://huggingface.co/org/gated and log in"),
         ("org/absent", "neither a local folder nor a repository that you can see on the Hub"),
-        ("org/private", r"the Hub refused: .*401 Unauthorized.*; for 401 or 403 check HF_TOKEN"),
+        ("org/private", r"the Hub asks for a valid token .401.; log in with `hf auth login` or set HF_TOKEN"),
         ("org/norev", "at revision v9: the repository has no such revision"),
     ],
 )

@@ -1,6 +1,7 @@
 """The command line's contract: exit codes, one clean message, data on stdout and talk on stderr, JSON."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from checkpoints import make_checkpoint
 
 from llama4_quant.cli.main import cli, main
+from llama4_quant.plan import make_plan
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
 
 PROMPT = "Return a new string object with"
@@ -64,6 +66,14 @@ def test_convert_prints_a_table_and_writes(run: object, source: Path, tmp_path: 
     assert "not asked for: --quantize lm-head" in ran.out
     assert (tmp_path / "out" / "quantization_report.json").exists()
     assert str(tmp_path / "out") in ran.out
+
+
+def test_convert_plans_once(run: object, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+    module = sys.modules["llama4_quant.convert"]  # the function of that name hides it
+    monkeypatch.setattr(module, "make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1])
+    assert run("convert", source, "-o", tmp_path / "out").code == 0
+    assert len(plans) == 1
 
 
 def test_convert_json_is_the_report(run: object, source: Path, tmp_path: Path) -> None:
@@ -202,3 +212,12 @@ def test_every_flag_is_in_the_docs() -> None:
         if name.startswith("-")
     }
     assert {flag for flag in flags if f"`{flag}" not in text} == set()
+
+
+def test_tests_that_the_docs_name_exist() -> None:
+    root = Path(__file__).parents[2]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "resilience.md").read_text()))
+    files = (root / "tests").rglob("test_*.py")
+    there = {name for path in files for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert named
+    assert named - there == set()
