@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from llama4_quant.checkpoint.manifest import read_manifest
 from llama4_quant.cli.options import json_option
 from llama4_quant.cli.progress import byte_progress
 from llama4_quant.cli.tables import console, largest_errors, size
+from llama4_quant.errors import UsageError
 from llama4_quant.runtime.loader import load_size
 from llama4_quant.verify import Verification, verify
+from llama4_quant.verify_files import listed_files
 
 EXIT_DAMAGED = 1
 
@@ -19,16 +20,21 @@ EXIT_DAMAGED = 1
 @click.command("verify", short_help="Check that a converted checkpoint is whole.")
 @click.argument("output", metavar="OUT")
 @click.option("--source", metavar="SRC", help="The BF16 checkpoint it was made from: adds the error of every weight.")
+@click.option("--revision", help="Branch, tag or commit of SRC, if that is a Hub id.")
 @json_option
-def verify_command(output: str, source: str | None, as_json: bool) -> None:
+def verify_command(output: str, source: str | None, revision: str | None, as_json: bool) -> None:
     """Check every byte of OUT against its manifest, its structure, and that every code and scale decodes.
 
     With --source also that kept weights equal the source, and quantized ones are as far from it as the report says.
     Exits with 1 if anything is wrong.
     """
-    total = sum(file.size for file in read_manifest(Path(output))) + (0 if source is None else load_size(source))
+    if source is None and revision is not None:
+        raise UsageError("--revision says which one of --source SRC, and there is no --source")
+    total = sum(file.size for file in listed_files(Path(output)))
+    if source is not None:
+        total += load_size(source, revision=revision)
     with byte_progress("verifying", total) as advance:
-        result = verify(output, source=source, progress=advance)
+        result = verify(output, source=source, revision=revision, progress=advance)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:

@@ -8,28 +8,28 @@ Four questions, each only as deep as the ones before allow:
 - the source, if given: kept weights are equal to it, and quantized ones as far from it as the report says.
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from llama4_quant.architecture import TensorSpec
-from llama4_quant.checkpoint.json_files import dump_json, read_json
-from llama4_quant.checkpoint.manifest import MANIFEST_NAME, FileDigest, has_self_checksum, read_manifest
+from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
 from llama4_quant.errors import CheckpointError, Llama4QuantError
 from llama4_quant.formats import compressed_tensors
-from llama4_quant.plan import make_plan
+from llama4_quant.formats.choice import CheckpointFormat
+from llama4_quant.plan import Plan, make_plan
 from llama4_quant.quantizers.error import WeightError, measure
 from llama4_quant.quantizers.lanes import rows_per_scale
+from llama4_quant.quantizers.quantize import QuantizedWeight
 from llama4_quant.report import REPORT_NAME
 from llama4_quant.scheme import FP8_BLOCK_SIZE
 from llama4_quant.stored import StoredWeight, quantization_section, quantized_weights
+from llama4_quant.stored_fused import expert_rows, fused_weights, is_fbgemm, is_fused, read_expert
 from llama4_quant.stream import Piece, Progress, read_pieces
 from llama4_quant.verification import (
     Problem,
@@ -39,6 +39,7 @@ from llama4_quant.verification import (
     distance,
     is_finite,
 )
+from llama4_quant.verify_files import check_files, listed_files
 from llama4_quant.verify_meta import MetaOutput
 
 __all__ = ["Problem", "Verification", "WeightDistance", "verify"]
@@ -46,12 +47,19 @@ __all__ = ["Problem", "Verification", "WeightDistance", "verify"]
 READ_BYTES = 16 * 2**20
 
 
-def verify(output: str | Path, *, source: str | Path | None = None, progress: Progress | None = None) -> Verification:
+def verify(
+    output: str | Path,
+    *,
+    source: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Verification:
     """Check a checkpoint that `convert` wrote.
 
     Args:
         output: its folder.
-        source: the BF16 checkpoint (a local folder) that it was made from; adds the distance of every weight.
+        source: the BF16 checkpoint (a folder, or a Hub id) that it was made from; adds the distance of every weight.
+        revision: branch, tag or commit of a Hub id.
         progress: called with what is checked and the bytes done more than before.
 
     Returns:
@@ -61,8 +69,8 @@ def verify(output: str | Path, *, source: str | Path | None = None, progress: Pr
         CheckpointError: `output` is not a folder with a manifest, or the source cannot be used.
     """
     folder = Path(output)
-    files = read_manifest(folder)
-    problems = [*_check_files(folder, files, progress)]
+    files = listed_files(folder)
+    problems = [*check_files(folder, files, progress)]
     is_meta = any(file.name.endswith(".pth") for file in files)
     num_weights = 0
     distances: list[WeightDistance] = []
@@ -71,7 +79,8 @@ def verify(output: str | Path, *, source: str | Path | None = None, progress: Pr
             num_weights = found.num_weights
             problems += found.check_values()
             if source is not None:
-                distances, wrong = found.compare(str(source), _promised(folder), progress)
+                with open_source(str(source), revision) as original:
+                    distances, wrong = found.compare(original, _promised(folder), progress)
                 problems += wrong
     except Llama4QuantError as error:
         problems.append(Problem(where=str(folder), what=str(error)))
@@ -105,69 +114,26 @@ class _HuggingFaceOutput:
             yield from _check_values(weight, self._reader)
 
     def compare(
-        self, source: str, promised: Mapping[str, float], progress: Progress | None
+        self, source: CheckpointReader, promised: Mapping[str, float], progress: Progress | None
     ) -> tuple[list[WeightDistance], list[Problem]]:
         return _compare(source, self._weights, self._reader, promised, progress)
 
 
 def _stored(reader: CheckpointReader) -> tuple[StoredWeight, ...]:
-    """Every weight, checked against config.json; of a checkpoint without quantization, every tensor."""
+    """Every weight, checked against config.json."""
     config = Llama4Config.from_dict(reader.config)
-    if quantization_section(config) is not None:
-        return quantized_weights(config, reader.tensors)
-    plan = make_plan(config, None, reader.tensors)
-    return tuple(_whole_tensor(tensor.spec) for tensor in plan.tensors)
-
-
-def _whole_tensor(spec: TensorSpec) -> StoredWeight:
-    """A tensor as one weight: under its module's name if it is a linear weight, and not fused experts."""
-    name = spec.linears[0].name if spec.linears and len(spec.shape) == 2 else spec.name
-    return StoredWeight(name=name, role=spec.role, shape=spec.shape, scheme=None, linear=None, tensors=(spec.name,))
-
-
-def _check_files(folder: Path, files: tuple[FileDigest, ...], progress: Progress | None) -> Iterator[Problem]:
-    for file in files:
-        yield from _check_file(folder / file.name, file)
-        if progress is not None:
-            progress(file.name, file.size)
-    known = {file.name for file in files} | {MANIFEST_NAME, REPORT_NAME}
-    for path in sorted(folder.iterdir()):
-        if path.name not in known:
-            yield Problem(where=path.name, what="is not in the manifest; something else put it here")
-    yield from _check_report(folder / REPORT_NAME)
-
-
-def _check_file(path: Path, expected: FileDigest) -> Iterator[Problem]:
-    if not path.is_file():
-        yield Problem(where=path.name, what="is missing")
-        return
-    size = path.stat().st_size
-    if size != expected.size:
-        yield Problem(where=path.name, what=f"has {size:,} bytes, expected {expected.size:,}")
-        return
-    with path.open("rb", buffering=0) as file:
-        for part in expected.ranges:
-            digest, left = hashlib.sha256(), part.stop - part.start
-            while left and (data := file.read(min(READ_BYTES, left))):
-                digest.update(data)
-                left -= len(data)
-            if digest.hexdigest() != part.sha256:
-                yield Problem(where=path.name, what=f"bytes {part.start:,} to {part.stop:,} are not what was written")
-
-
-def _check_report(path: Path) -> Iterator[Problem]:
-    try:
-        content = read_json(path, CheckpointError)
-    except CheckpointError as error:
-        yield Problem(where=path.name, what=str(error))
-        return
-    written = dump_json(content)  # spaces count too
-    if not has_self_checksum(content) or path.stat().st_size != len(written) or path.read_bytes() != written:
-        yield Problem(where=path.name, what="is not what was written: its checksum does not fit")
+    if quantization_section(config) is None or is_fbgemm(config):
+        return fused_weights(config, reader.tensors)
+    return quantized_weights(config, reader.tensors)
 
 
 def _check_values(weight: StoredWeight, reader: CheckpointReader) -> Iterator[Problem]:
     """Decode what can be decoded; NaN and Inf are problems in scales, FP8 codes and unquantized values alike."""
+    if is_fused(weight):
+        for name, part in expert_rows(weight, reader):
+            if not is_finite(part):
+                yield Problem(where=f"{weight.name}, {name}", what="holds NaN or Inf")
+        return
     shape_name = f"{weight.name}.weight_shape"
     if shape_name in weight.tensors:
         stored_shape = tuple(reader.read(shape_name).tolist())
@@ -205,7 +171,7 @@ def _promised(folder: Path) -> dict[str, float]:
 
 
 def _compare(
-    source: str,
+    source: CheckpointReader,
     weights: tuple[StoredWeight, ...],
     output: CheckpointReader,
     promised: Mapping[str, float],
@@ -214,46 +180,52 @@ def _compare(
     by_name = {weight.name: weight for weight in weights}
     distances: list[WeightDistance] = []
     problems: list[Problem] = []
-    with open_source(source) as reader:
-        plan = make_plan(Llama4Config.from_dict(reader.config), None, reader.tensors)
-        for tensor in plan.tensors:
-            if tensor.spec.name in by_name and len(tensor.spec.shape) == 3:  # experts that stay fused
-                problems += _compare_fused(tensor.spec.name, reader, output)
-                continue
-            sums: dict[str, WeightError] = {}
-            for piece in read_pieces(reader, tensor):
-                weight = _same_weight(by_name, piece)
-                if weight.scheme is not None:
-                    rows = _stored_rows(weight, piece.row_start, piece.row_start + len(piece.values), output)
-                    error = measure(piece.values, compressed_tensors.decode(weight.name, rows, weight.scheme))
-                    sums[weight.name] = error.merge(sums[weight.name]) if weight.name in sums else error
-                elif not _equals_source(weight, piece, output):
-                    problems.append(Problem(where=weight.name, what="differs from the source, but was to be kept"))
-                if progress is not None:
-                    progress(weight.name, piece.num_bytes)
-            for name, error in sums.items():
-                scheme = by_name[name].scheme
-                assert scheme is not None
-                distances.append(distance(name, scheme, error))
+    plan = make_plan(Llama4Config.from_dict(source.config), None, source.tensors, _format_of(weights))
+    _check_same_model(plan, by_name)
+    for tensor in plan.tensors:
+        sums: dict[str, WeightError] = {}
+        for piece in read_pieces(source, tensor):
+            weight = by_name[piece.decision.name]
+            if weight.scheme is not None:
+                error = measure(
+                    piece.values[0].T if piece.decision.fused else piece.values, _decoded(weight, piece, output)
+                )
+                sums[weight.name] = error.merge(sums[weight.name]) if weight.name in sums else error
+            elif not _equals_source(weight, piece, output):
+                problems.append(Problem(where=weight.name, what="differs from the source, but was to be kept"))
+            if progress is not None:
+                progress(weight.name, piece.num_bytes)
+        for name, error in sums.items():
+            scheme = by_name[name].scheme
+            assert scheme is not None
+            distances.append(distance(name, scheme, error))
     problems += [problem for found in distances if (problem := broken_promise(found, promised))]
     return distances, problems
 
 
-def _same_weight(by_name: dict[str, StoredWeight], piece: Piece) -> StoredWeight:
-    weight = by_name.get(piece.decision.name)
-    if weight is None or weight.shape != piece.decision.shape:
+def _format_of(weights: Sequence[StoredWeight]) -> CheckpointFormat:
+    """A format that cuts a source into the same weights."""
+    return CheckpointFormat.BF16 if any(map(is_fused, weights)) else CheckpointFormat.COMPRESSED_TENSORS
+
+
+def _check_same_model(plan: Plan, weights: Mapping[str, StoredWeight]) -> None:
+    expected = {decision.name: decision.shape for decision in plan.decisions}
+    found = {name: weight.shape for name, weight in weights.items()}
+    differing = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if differing:
         raise CheckpointError(
-            f"{piece.decision.name}: the output and the source are of different models; give the checkpoint that the "
-            "output was made of"
+            f"{differing[0]}: the output and the source are of different models ({len(differing)} weights differ in "
+            "name or shape); give the checkpoint that the output was made of"
         )
-    return weight
 
 
-def _compare_fused(name: str, source: CheckpointReader, output: CheckpointReader) -> Iterator[Problem]:
-    for expert in range(source.tensors[name].shape[0]):
-        expected = source.read_rows(name, expert, expert + 1).to(torch.bfloat16)
-        if not torch.equal(expected.view(torch.int16), output.read_rows(name, expert, expert + 1).view(torch.int16)):
-            yield Problem(where=f"{name}, expert {expert}", what="differs from the source, but was to be kept")
+def _decoded(weight: StoredWeight, piece: Piece, output: CheckpointReader) -> QuantizedWeight:
+    """The rows of a quantized weight that a piece of the source stands for."""
+    assert weight.scheme is not None
+    if is_fused(weight):
+        return read_expert(weight, output)
+    rows = _stored_rows(weight, piece.row_start, piece.row_start + len(piece.values), output)
+    return compressed_tensors.decode(weight.name, rows, weight.scheme)
 
 
 def _stored_rows(weight: StoredWeight, start: int, stop: int, output: CheckpointReader) -> dict[str, torch.Tensor]:

@@ -20,7 +20,6 @@ from llama4_quant.checkpoint.meta_params import Params, Widths
 from llama4_quant.checkpoint.paths import PARAMS_NAME, locate
 from llama4_quant.checkpoint.pickles import read_contents
 from llama4_quant.checkpoint.reader import CheckpointReader, open_file
-from llama4_quant.checkpoint.source import open_source
 from llama4_quant.checkpoint.state_dicts import tensor_name
 from llama4_quant.config import Llama4Config
 from llama4_quant.errors import CheckpointError
@@ -95,32 +94,31 @@ class MetaOutput:
                     break
 
     def compare(
-        self, source: str, promised: Mapping[str, float], progress: Progress | None
+        self, source: CheckpointReader, promised: Mapping[str, float], progress: Progress | None
     ) -> tuple[list[WeightDistance], list[Problem]]:
         """Kept weights must equal the source; quantized ones must be as far from it as `promised` by the report.
 
         Raises:
-            CheckpointError: the source cannot be read, or is another model.
+            CheckpointError: the source is another model.
         """
         problems: list[Problem] = []
         sums: dict[str, WeightError] = {}
-        with open_source(source) as reader:
-            config = Llama4Config.from_dict(reader.config)
-            num_ranks = self.plan.model_parallel
-            plan = make_plan(config, _SCHEME, reader.tensors, CheckpointFormat.META_FP8, num_ranks)
-            if plan.outputs != self.plan.outputs:
-                raise CheckpointError(f"{source}: not the model that the output was made of: other tensors or shapes")
-            for piece in (piece for tensor in plan.tensors for piece in read_pieces(reader, tensor)):
-                for part in split_piece(piece):
-                    if part.decision.scheme is not None:
-                        error = measure(part.values, self._stored(part))
-                        name = part.decision.name
-                        sums[name] = error.merge(sums[name]) if name in sums else error
-                    elif not self._is_kept(part):
-                        what = f"rank {part.rank}: differs from the source, but was to be kept"
-                        problems.append(Problem(where=part.decision.name, what=what))
-                if progress is not None:
-                    progress(piece.decision.name, piece.num_bytes)
+        config = Llama4Config.from_dict(source.config)
+        num_ranks = self.plan.model_parallel
+        plan = make_plan(config, _SCHEME, source.tensors, CheckpointFormat.META_FP8, num_ranks)
+        if plan.outputs != self.plan.outputs:
+            raise CheckpointError(f"{source.path}: not the model that the output was made of: other tensors or shapes")
+        for piece in (piece for tensor in plan.tensors for piece in read_pieces(source, tensor)):
+            for part in split_piece(piece):
+                if part.decision.scheme is not None:
+                    error = measure(part.values, self._stored(part))
+                    name = part.decision.name
+                    sums[name] = error.merge(sums[name]) if name in sums else error
+                elif not self._is_kept(part):
+                    what = f"rank {part.rank}: differs from the source, but was to be kept"
+                    problems.append(Problem(where=part.decision.name, what=what))
+            if progress is not None:
+                progress(piece.decision.name, piece.num_bytes)
         distances = [distance(name, _SCHEME.weights, error) for name, error in sums.items()]
         problems += [problem for found in distances if (problem := broken_promise(found, promised))]
         return distances, problems

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from checkpoints import make_checkpoint, random_tensors, text_config, write_checkpoint
 
-from llama4_quant.checkpoint.json_files import read_json
-from llama4_quant.checkpoint.manifest import MANIFEST_NAME, read_manifest, sha256
+from llama4_quant.checkpoint.json_files import dump_json, read_json
+from llama4_quant.checkpoint.manifest import MANIFEST_NAME, read_manifest, sha256, with_self_checksum
+from llama4_quant.checkpoint.paths import STAGING_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.resume import canonical_json
 from llama4_quant.cli.main import main
@@ -78,6 +79,42 @@ def test_any_flipped_byte_is_found(copy: Path) -> None:
             assert is_found(copy), f"{path.name}: byte {place}"
         path.write_bytes(whole)
     assert verify(copy).is_whole
+
+
+def test_bytes_of_the_report_that_mean_the_same_are_found(copy: Path) -> None:
+    """Other spellings of the same JSON values: an exponent's letter, white space, a 17th digit."""
+    report = copy / "quantization_report.json"
+    content = with_self_checksum(read_json(report) | {"seconds": 0.30000000000000004, "output": 1e-05})
+    whole = dump_json(content).decode()
+    report.write_text(whole)
+    assert verify(copy).is_whole
+    for old, new in (("1e-05", "1E-05"), ("\n  ", "\n\t "), ("0.30000000000000004", "0.30000000000000005")):
+        changed = whole.replace(old, new, 1)
+        assert len(changed) == len(whole)
+        assert json.loads(changed) == content
+        report.write_text(changed)
+        assert is_found(copy), new
+
+
+@pytest.mark.parametrize("ignore", [[], [r"re:.*layers\.1\..*experts", "model.layers.0.feed_forward.up_proj"]])
+def test_fused_fp8(source: Path, tmp_path: Path, ignore: list[str]) -> None:
+    out = tmp_path / "out"
+    scheme = preset("FP8_DYNAMIC", quantize=["attention"], ignore=ignore)
+    report = convert(source, out, scheme=scheme, format="fbgemm-fp8")
+    result = verify(out, source=source)
+    assert whats(result) == ""
+    assert {w.name: w.relative_error for w in result.distances} == pytest.approx(
+        {w.name: w.relative_error for w in report.weights if w.relative_error is not None}, rel=2**-19
+    )
+    assert len(result.distances) > 4 * 2
+    overwrite(out, "model.layers.3.feed_forward.experts.down_proj", b"\x7f")
+    assert "experts.0.down_proj, model.layers.3.feed_forward.experts.down_proj: holds NaN" in whats(verify(out))
+    overwrite(out, "model.layers.3.feed_forward.experts.down_proj", b"\x00" * 8)
+    assert "experts.0.down_proj: relative error" in whats(verify(out, source=source))
+    config = read_json(out / "config.json")
+    config["quantization_config"]["modules_to_not_convert"].pop()
+    (out / "config.json").write_text(json.dumps(config))
+    assert "modules_to_not_convert has to name exactly the" in whats(verify(out))
 
 
 def test_the_place_is_named(copy: Path) -> None:
@@ -161,12 +198,23 @@ def test_a_checkpoint_that_is_not_quantized(source: Path, tmp_path: Path) -> Non
     overwrite(tmp_path / "out", "model.layers.1.feed_forward.experts.down_proj", b"\x00\x00")
     assert verify(tmp_path / "out").is_whole
     text = whats(verify(tmp_path / "out", source=source))
-    assert "experts.down_proj, expert 0: differs from the source" in text
+    assert "layers.1.feed_forward.experts.0.down_proj: differs from the source" in text
 
 
-def test_without_a_manifest(source: Path) -> None:
-    with pytest.raises(CheckpointError, match=MANIFEST_NAME):
+def test_without_a_manifest(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"no {MANIFEST_NAME}, so .* only outputs of convert can be verified"):
         verify(source)
+    with pytest.raises(CheckpointError, match="expected the folder of a converted checkpoint"):
+        verify(tmp_path / "nowhere")
+    (tmp_path / "out" / STAGING_NAME).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="an unfinished conversion; run the same `llama4-quant convert` again"):
+        verify(tmp_path / "out")
+
+
+def test_a_source_of_another_model(copy: Path, tmp_path: Path) -> None:
+    for number, changes in enumerate(({"num_hidden_layers": 3}, {"vocab_size": 64})):
+        other = make_checkpoint(tmp_path / str(number), text_config(**changes))
+        assert "the output and the source are of different models" in whats(verify(copy, source=other))
 
 
 @pytest.mark.parametrize("damage", [False, True])
