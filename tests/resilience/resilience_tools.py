@@ -1,11 +1,19 @@
 """What the tests of interrupted conversions share."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
+import torch
+
+from llama4_quant.checkpoint.resume import FINGERPRINT_NAME, digest
+from llama4_quant.conversion import Conversion
+from llama4_quant.work import WorkItem
 
 DRIVER = Path(__file__).with_name("driver.py")
 ROOT = DRIVER.parents[2]
@@ -43,3 +51,20 @@ def wait_for_items(process: subprocess.Popen[str], out: Path, count: int) -> Non
 def contents(out: Path) -> dict[str, bytes]:
     """Every file of an output but the report, which holds times."""
     return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "quantization_report.json"}
+
+
+def journal_of(out: Path) -> str:
+    """Which job the journals in an unfinished output belong to."""
+    return digest(json.loads((out / STAGING / FINGERPRINT_NAME).read_bytes()))
+
+
+def count_items(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the items that are done from now on."""
+    items, do = [], Conversion._do
+
+    def counted(self: Conversion, item: WorkItem, buffer: torch.Tensor) -> None:
+        items.append(item.id)
+        do(self, item, buffer)
+
+    monkeypatch.setattr(Conversion, "_do", counted)
+    return items

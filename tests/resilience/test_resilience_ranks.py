@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint, text_config
-from resilience.resilience_tools import STAGING, contents, num_finished, run, start, wait_for_items
+from resilience.resilience_tools import (
+    STAGING,
+    contents,
+    count_items,
+    journal_of,
+    num_finished,
+    run,
+    start,
+    wait_for_items,
+)
 
+from llama4_quant.checkpoint.journal import read_journals
 from llama4_quant.convert import convert
 from llama4_quant.errors import OutputError
 
@@ -40,7 +50,9 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_lost_process_loses_its_items_in_hand_only(source: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+def test_a_lost_process_loses_its_items_in_hand_only(
+    source: Path, tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torchrun ends the others when one is killed; the next launch has another number of processes."""
     out = tmp_path / "out"
     process = start("run", source, out, 0.15, *SCHEME, launcher=(*TORCHRUN, "--nproc-per-node", "2"))
@@ -54,8 +66,11 @@ def test_a_lost_process_loses_its_items_in_hand_only(source: Path, tmp_path: Pat
     assert num_finished(out) >= finished
     with pytest.raises(OutputError, match="the settings changed"):
         convert(source, out, scheme="FP8_DYNAMIC", resume="required")
+    finished = read_journals(out / STAGING, journal_of(out)).keys()
+    items = count_items(monkeypatch)
     convert(source, out, scheme="FP8_DYNAMIC", max_shard_size="200kB", resume="required")
     assert contents(out) == reference
+    assert sorted([*items, *finished]) == list(range(len(items) + len(finished)))  # each once
 
 
 def test_another_conversion_is_kept_out_while_processes_share_a_folder(source: Path, tmp_path: Path) -> None:

@@ -11,12 +11,19 @@ import pytest
 import torch
 from checkpoint.checkpoint_files import tree
 from checkpoints import make_checkpoint, text_config
-from resilience.resilience_tools import STAGING, contents, num_finished, start, wait_for_items
+from resilience.resilience_tools import (
+    STAGING,
+    contents,
+    count_items,
+    journal_of,
+    num_finished,
+    start,
+    wait_for_items,
+)
 
 from llama4_quant.checkpoint import staging as staging_module
 from llama4_quant.checkpoint.journal import read_journals
 from llama4_quant.checkpoint.manifest import has_self_checksum, read_manifest, sha256
-from llama4_quant.checkpoint.resume import FINGERPRINT_NAME, digest
 from llama4_quant.conversion import Conversion
 from llama4_quant.convert import convert
 from llama4_quant.errors import CheckpointError, OutputError, QuantizationError, UsageError
@@ -56,23 +63,6 @@ def interrupt(source: Path, out: Path, after: int = 9, error: BaseException | No
         patch.setattr(Conversion, "_do", counted)
         with pytest.raises(type(error) if error else Stop):
             convert(source, out, workers=1, **({"scheme": "FP8_DYNAMIC"} | settings))
-
-
-def journal_of(out: Path) -> str:
-    """Which job the journals in an unfinished output belong to."""
-    return digest(json.loads((out / STAGING / FINGERPRINT_NAME).read_bytes()))
-
-
-def count_items(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of the items that are done from now on."""
-    items, do = [], Conversion._do
-
-    def counted(self: Conversion, item: WorkItem, buffer: torch.Tensor) -> None:
-        items.append(item.id)
-        do(self, item, buffer)
-
-    monkeypatch.setattr(Conversion, "_do", counted)
-    return items
 
 
 def test_an_interrupted_conversion_continues_by_itself(
@@ -279,6 +269,7 @@ def test_signals_finish_the_items_in_hand(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert ("interrupted" if number == signal.SIGINT else "terminated") in err
+    assert f"what is finished is kept in {out}; the same command continues it" in err
     assert "Traceback" not in err
     # The item in hand when the signal came was finished; 0.3 s an item leave no time for many more.
     assert before + 1 <= num_finished(out) <= before + 3

@@ -41,7 +41,7 @@ def test_a_cap_that_is_too_small_names_the_smallest_that_works(source: Path, tmp
     assert not (tmp_path / "out").exists()
     convert(source, tmp_path / "out", max_memory=f"{memory.smallest // 2**20}MiB")
     with pytest.raises(UsageError, match="--workers 0: expected at least 1"):
-        convert(source, tmp_path / "out", workers=0)
+        convert(source, tmp_path / "other", workers=0)
 
 
 def test_a_dry_run_says_what_memory_it_will_use(source: Path) -> None:
