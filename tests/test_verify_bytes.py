@@ -16,7 +16,8 @@ from llama4_quant.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from llama4_quant.convert import convert
 from llama4_quant.errors import CheckpointError
 from llama4_quant.report import REPORT_NAME
-from llama4_quant.verify import _check_file, _check_files, _check_report, verify
+from llama4_quant.verify import verify
+from llama4_quant.verify_files import _check_file, _check_report, check_files
 
 NUM_WEIGHT_BYTES = 2000
 CONFIG = text_config(
@@ -56,7 +57,7 @@ def flips(path: Path, places: Iterator[int] | range, rng: random.Random) -> Iter
 def manifest_check(folder: Path) -> bool:
     """Whether the manifest itself, or what it says about the files, is found to be wrong."""
     try:
-        return any(_check_files(folder, read_manifest(folder), None))
+        return any(check_files(folder, read_manifest(folder), None))
     except CheckpointError:
         return True
 

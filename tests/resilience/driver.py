@@ -1,6 +1,6 @@
 """A conversion on the command line whose items take a while; started by the tests as a process of its own.
 
-    python driver.py run SOURCE OUT SECONDS_PER_ITEM [CONVERT ARGUMENT...]
+python driver.py run SOURCE OUT SECONDS_PER_ITEM [CONVERT ARGUMENT...]
 """
 
 import fcntl
