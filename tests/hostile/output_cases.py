@@ -187,7 +187,7 @@ def _finished_cases() -> list[Case]:
     both = ("verify", "verify-source")
     wrong_errors = _report(lambda report: [weight.update(relative_error="x") for weight in report["weights"]])
     return [
-        _finished("no manifest", lambda out: (out / MANIFEST_NAME).unlink(), f"{MANIFEST_NAME}: expected a JSON file"),
+        _finished("no manifest", lambda out: (out / MANIFEST_NAME).unlink(), f"there is no {MANIFEST_NAME}"),
         _finished("manifest is a pipe", _replaced(MANIFEST_NAME, os.mkfifo), "not a file"),
         _finished("manifest is /dev/zero", _replaced(MANIFEST_NAME, _link("/dev/zero")), "not a file"),
         _finished("manifest of a terabyte", _replaced(MANIFEST_NAME, _huge), "at most"),
