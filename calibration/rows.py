@@ -83,7 +83,7 @@ class RowFile:
         self._write(values_RW.to(dtype=torch.float32, device="cpu").contiguous(), rows.start)
 
     def gather(self, rows_R: Tensor) -> Tensor:
-        """Rows [R, W] by number, ascending."""
+        """Rows [R, W] by number, in any order; fast where numbers ascend."""
         values = torch.empty(len(rows_R), self.width)
         for places, rows in self._spans(rows_R):
             if len(places) == rows.stop - rows.start:
@@ -94,7 +94,7 @@ class RowFile:
         return values.to(self._device)
 
     def scatter(self, rows_R: Tensor, values_RW: Tensor) -> None:
-        """Replace rows by number, ascending."""
+        """Replace rows by number, in any order but none twice; fast where numbers ascend."""
         values = values_RW.to(dtype=torch.float32, device="cpu").contiguous()
         for places, rows in self._spans(rows_R):
             if len(places) == rows.stop - rows.start:
@@ -116,7 +116,7 @@ class RowFile:
         for place in range(1, len(numbers) + 1):
             if (
                 place == len(numbers)
-                or numbers[place] - numbers[place - 1] > gap + 1
+                or not 0 < numbers[place] - numbers[place - 1] <= gap + 1
                 or numbers[place] - numbers[begin] >= longest
             ):
                 yield range(begin, place), slice(numbers[begin], numbers[place - 1] + 1)

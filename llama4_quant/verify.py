@@ -5,9 +5,11 @@ Four questions, each only as deep as the ones before allow:
 - bytes: the SHA-256 ranges of manifest.json tile every file, so one flipped bit is found, and placed;
 - structure: headers, index, config.json and the tensors agree, as for loading;
 - values: codes and scales decode to finite numbers;
-- the source, if given: kept weights are equal to it, and quantized ones as far from it as the report says.
+- the source, if given: kept weights are equal to it, and quantized ones as far from it as the report says; both up to
+  the powers of two that calibration has moved between weights, which are computed again.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Self
 
 import torch
 
+from llama4_quant.calibration.equalize import Equalizer
 from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_source
@@ -182,9 +185,13 @@ def _compare(
     problems: list[Problem] = []
     plan = make_plan(Llama4Config.from_dict(source.config), None, source.tensors, _format_of(weights))
     _check_same_model(plan, by_name)
+    equalizer = None
+    if _is_equalized(output.path):
+        equalizer = Equalizer(plan, lambda name: by_name[name].scheme, source)
     for tensor in plan.tensors:
         sums: dict[str, WeightError] = {}
-        for piece in read_pieces(source, tensor):
+        for original in read_pieces(source, tensor):
+            piece = original if equalizer is None else _equalized(original, equalizer)
             weight = by_name[piece.decision.name]
             if weight.scheme is not None:
                 error = measure(
@@ -201,6 +208,20 @@ def _compare(
             distances.append(distance(name, scheme, error))
     problems += [problem for found in distances if (problem := broken_promise(found, promised))]
     return distances, problems
+
+
+def _is_equalized(folder: Path) -> bool:
+    """Whether the report says that powers of two were moved between weights."""
+    try:
+        calibration = read_json(folder / REPORT_NAME, CheckpointError)["calibration"]
+        return calibration is not None and calibration["equalized"] is True
+    except (CheckpointError, KeyError, TypeError):
+        return False
+
+
+def _equalized(piece: Piece, equalizer: Equalizer) -> Piece:
+    factors = equalizer.factors(piece.decision.name)
+    return dataclasses.replace(piece, values=factors.apply(piece.values, piece.row_start))
 
 
 def _format_of(weights: Sequence[StoredWeight]) -> CheckpointFormat:
