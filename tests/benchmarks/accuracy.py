@@ -13,7 +13,8 @@ weights of --roles, which is checked in what it wrote. The judge is transformers
 seconds of the whole process and of the conversion alone, CPU seconds of the process; peak resident memory; load of the
 machine at the start.
 
-Conversions and scores are cached in --work; a second run only does what is missing.
+Conversions and scores are cached in --work; a second run only does what is missing. Times are those of the run that
+wrote the checkpoint: for good ones, rerun rows with --fresh on a quiet machine.
 """
 
 import argparse
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace, wanted: tokens.Tokens, chosen: Sequence[Con
         seed=options.seed,
         cache=options.work,
         pythons=options.pythons,
+        fresh=options.fresh,
     )
     judge = Judge(options.model, wanted.held_out_WL)
     roles = checkpoint_facts.ROLES[options.roles]
@@ -143,6 +145,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-python", type=Path, help="python of an environment with llmcompressor")
     parser.add_argument("--auto-round-python", type=Path, help="python of an environment with auto-round")
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"), help="cache (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="convert again what is cached, for better timings")
     parser.add_argument("--output", type=Path, help="write all numbers here as JSON")
     options = parser.parse_args()
     named = {System.LLM_COMPRESSOR: options.peer_python, System.AUTO_ROUND: options.auto_round_python}

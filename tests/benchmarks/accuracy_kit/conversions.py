@@ -27,6 +27,11 @@ WORKERS = {
 }
 DISTRIBUTIONS = {System.LLM_COMPRESSOR: "llmcompressor", System.AUTO_ROUND: "auto-round"}
 OUR_SOURCES = ("llama4_quant", "cli", "calibration")
+PRINT_VERSIONS = """
+import sys
+from importlib.metadata import version
+print(", ".join(f"{name} {version(name)}" for name in sys.argv[1:]))
+"""
 SOURCE_SUFFIXES = frozenset({".py", ".cpp", ".h"})
 
 
@@ -42,6 +47,7 @@ class Setting:
         seed: for whatever a contender draws.
         cache: where conversions are kept.
         pythons: python of each peer's environment; a peer without one does not take part.
+        fresh: convert again what is cached, for timings at another load of the machine.
     """
 
     model: Path
@@ -51,6 +57,7 @@ class Setting:
     seed: int
     cache: Path
     pythons: Mapping[System, Path]
+    fresh: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +97,7 @@ def convert(contender: Contender, setting: Setting) -> Conversion:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = setting.cache / f"{contender.name}-{digest}"
     record = folder / "conversion.json"
-    if not record.exists():
+    if setting.fresh or not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         facts = (_convert_ours if contender.system is System.OURS else _convert_theirs)(contender, setting, folder)
@@ -194,9 +201,8 @@ def distribution_versions(python: Path, names: tuple[str, ...]) -> str:
     Raises:
         UnavailableError: it has not all of them.
     """
-    code = "import sys\nfrom importlib.metadata import version\nprint(', '.join(f'{n} {version(n)}' for n in sys.argv[1:]))"
     try:
-        done = subprocess.run([python, "-c", code, *names], check=True, capture_output=True, text=True)
+        done = subprocess.run([python, "-c", PRINT_VERSIONS, *names], check=True, capture_output=True, text=True)
     except (subprocess.CalledProcessError, OSError) as error:
         raise UnavailableError(f"{python}: expected an environment with {', '.join(names)}: {error}") from error
     return done.stdout.strip()
