@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+import re
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.accuracy_kit import conversions, tokens
+from benchmarks.accuracy_kit import conversions, tokens, worker_llmcompressor
 from benchmarks.accuracy_kit.checkpoint_facts import ROLES, Facts, WrongCheckpointError, inspect, targets
 from benchmarks.accuracy_kit.child_process import ChildFailedError, run
-from benchmarks.accuracy_kit.contenders import Contender, System, choose, contenders
+from benchmarks.accuracy_kit.contenders import TEXT_LINEARS, Contender, System, choose, contenders
 from benchmarks.accuracy_kit.judge import Judge
 from benchmarks.accuracy_kit.mixed import mixed_contenders
 from benchmarks.accuracy_kit.rows import Row, Wanted, make_row
@@ -19,7 +20,7 @@ from benchmarks.accuracy_kit.verdicts import mixed_verdict, verdicts
 from checkpoints import make_checkpoint, multimodal_config
 
 from llama4_quant import convert, preset
-from llama4_quant.architecture import Llama4Config
+from llama4_quant.architecture import Llama4Config, linear_specs
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
 
 ALL = ROLES["all-text-linears"]
@@ -59,6 +60,7 @@ def test_seed_decides_the_samples_alone(texts: tuple[Path, Path]) -> None:
     assert first.held_out_digest == other.held_out_digest
 
 
+@pytest.mark.slow
 def test_without_files_the_samples_own_texts_are_taken() -> None:
     found = tokens.prepare(
         SAMPLE_DIR, calibration=[], held_out=[], num_samples=64, seq_length=512, num_windows=None, seed=0
@@ -135,6 +137,7 @@ def test_mixed_precision_may_leave_weights_alone(source: Path, tmp_path: Path) -
     assert mixed.bits_per_weight > uniform.bits_per_weight
 
 
+@pytest.mark.slow
 def test_judge_finds_no_loss_in_the_reference_and_more_with_fewer_bits(source: Path, tmp_path: Path) -> None:
     windows = torch.randint(1, 90, (3, 24), generator=torch.Generator().manual_seed(0))
     judge = Judge(source, windows, batch_size=2)
@@ -163,6 +166,7 @@ def setting(source: Path, folder: Path) -> conversions.Setting:
     )
 
 
+@pytest.mark.slow
 def test_a_row_is_made_once(source: Path, tmp_path: Path) -> None:
     windows = torch.randint(1, 90, (2, 16), generator=torch.Generator().manual_seed(0))
     judge, wanted = Judge(source, windows), Wanted(roles=ALL, scheme="W4A16", group_size=64)
@@ -185,6 +189,7 @@ def test_a_row_is_made_once(source: Path, tmp_path: Path) -> None:
     assert peer.problem == "UnavailableError: no environment of llm-compressor was named"
 
 
+@pytest.mark.slow
 def test_a_failing_contender_gives_a_row_that_says_how(source: Path, tmp_path: Path) -> None:
     windows = torch.randint(1, 90, (2, 16), generator=torch.Generator().manual_seed(0))
     wrong = Contender(
@@ -263,6 +268,37 @@ def test_mixed_contenders_name_their_bits() -> None:
     assert list(found) == ["uniform-g128", "uniform-g64", "uniform-g32", "mixed-4.25", "mixed-6"]
     assert found["uniform-g64"].group_size == 64
     assert "--target-bits=4.25" in found["mixed-4.25"].settings["arguments"]
+
+
+@pytest.mark.parametrize("roles", ROLES)
+def test_peers_are_given_the_same_weights(roles: str) -> None:
+    """Modules as llm-compressor names them once experts are linears: our linear weights, and all other modules."""
+    config = Llama4Config.from_dict(multimodal_config())
+    target = re.compile(f".*language_model.*{TEXT_LINEARS[roles]}")
+    names = {linear.name for linear in linear_specs(config)}
+    names |= {name.rpartition(".")[0] for name in names} | {"language_model.model.norm", "language_model.lm_head"}
+    assert {name for name in names if target.match(name)} == targets(config, ROLES[roles]).keys()
+
+
+def test_mappings_of_the_peer_are_exact_and_include_the_router() -> None:
+    config = Llama4Config.from_dict(multimodal_config())
+    names = [linear.name for linear in linear_specs(config)]
+    names += [n for layer in range(4) for n in [f"language_model.model.layers.{layer}"]]
+
+    class Model:
+        def named_modules(self) -> list[tuple[str, None]]:
+            return [(name, None) for name in names]
+
+    found = dict(worker_llmcompressor.per_layer(Model()))
+    base = "language_model.model.layers.1"
+    mlp = found[f"{base}.post_attention_layernorm"]
+    assert f"{base}.feed_forward.router" in mlp
+    assert len(mlp) == 1 + 2 * 5  # router; gate and up of shared expert and four experts
+    assert found[f"{base}.feed_forward.experts.3.up_proj"] == [f"{base}.feed_forward.experts.3.down_proj"]
+    assert found[f"{base}.self_attn.v_proj"] == [f"{base}.self_attn.o_proj"]
+    dense = found["language_model.model.layers.0.post_attention_layernorm"]
+    assert dense == [f"language_model.model.layers.0.feed_forward.{p}_proj" for p in ("gate", "up")]
+    assert len(found) == 4 * 3 + 2 + 2 * 5  # two norms and v a layer; up of dense MLPs, shared and routed experts
 
 
 def test_missing_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
