@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from llama4_quant.evaluation.windows import token_windows
+from llama4_quant.python_text import collect
 from llama4_quant.runtime.tokenizer import Tokenizer
 from llama4_quant.sample import HELD_OUT_TEXT
-from llama4_quant.sample.corpus import collect
 
 OVERLAP_TOKENS = 32
 """So many tokens in a row are hardly ever the same by chance."""
