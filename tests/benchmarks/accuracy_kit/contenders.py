@@ -15,6 +15,8 @@ TEXT_LINEARS = {
 }
 """What `checkpoint_facts.ROLES` names, as the end of a module's name in a compressed-tensors checkpoint."""
 
+AWQ: dict[str, Any] = {"mappings": "per-layer"}
+
 
 class System(StrEnum):
     """Who converts."""
@@ -106,8 +108,8 @@ def _their_int4(weights: dict[str, Any], target: str) -> list[Contender]:
     llmc = _llm_compressor
     rtn, gptq, rounds = "QuantizationModifier", "GPTQModifier", "AutoRoundModifier"
     mse, imatrix = {"observer": "memoryless_mse"}, {"observer": "imatrix_mse"}
-    awq: list[Any] = ["AWQModifier", {"mappings": "per-layer"}]
-    duo: list[Any] = ["AWQModifier", {"mappings": "per-layer", "duo_scaling": "both"}]
+    awq: list[Any] = ["AWQModifier", AWQ]
+    duo: list[Any] = ["AWQModifier", AWQ | {"duo_scaling": "both"}]
     smooth: list[Any] = ["SmoothQuantModifier", {"smoothing_strength": 0.5, "mappings": "per-layer"}]
     return [
         llmc("rtn", [rtn, group()]),
@@ -115,7 +117,6 @@ def _their_int4(weights: dict[str, Any], target: str) -> list[Contender]:
         llmc("rtn-imatrix", [rtn, group(**imatrix)]),
         llmc("gptq", [gptq, group()]),
         llmc("gptq-unordered", [gptq, group() | {"actorder": None}]),
-        llmc("gptq-group", [gptq, group() | {"actorder": "group"}]),
         llmc("gptq-weight", [gptq, group() | {"actorder": "weight"}]),
         llmc("gptq-mse", [gptq, group(**mse)]),
         llmc("gptq-imatrix", [gptq, group(**imatrix)]),
@@ -147,7 +148,7 @@ def _their_fp8(target: str) -> list[Contender]:
 
     llmc, mse = _llm_compressor, {"observer": "memoryless_mse"}
     smooth: list[Any] = ["SmoothQuantModifier", {"smoothing_strength": 0.5, "mappings": "per-layer"}]
-    awq: list[Any] = ["AWQModifier", {"mappings": "per-layer"}]
+    awq: list[Any] = ["AWQModifier", AWQ]
     return [
         llmc("fp8", ["QuantizationModifier", group()]),
         llmc("fp8-mse", ["QuantizationModifier", group(**mse)]),

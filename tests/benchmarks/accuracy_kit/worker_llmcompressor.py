@@ -36,8 +36,12 @@ def main() -> None:
     from datasets import Dataset  # noqa: PLC0415
     from llmcompressor import oneshot  # noqa: PLC0415
     from llmcompressor.modeling.moe.linearize import load_quantizable_moe  # noqa: PLC0415
+    from llmcompressor.pipelines.cache import IntermediatesCache  # noqa: PLC0415
     from transformers import AutoTokenizer, Llama4ForConditionalGeneration  # noqa: PLC0415
 
+    if not torch.accelerator.is_available():
+        # AWQ of 0.14 pins memory before it looks for a GPU, and fails without one. It changes no number.
+        IntermediatesCache.pin_memory = lambda *_: None
     torch.manual_seed(job["seed"])
     clock = Stopwatch()
     with load_quantizable_moe(Llama4ForConditionalGeneration):
