@@ -301,11 +301,16 @@ def test_mappings_of_the_peer_are_exact_and_include_the_router() -> None:
     assert len(found) == 4 * 3 + 2 + 2 * 5  # two norms and v a layer; up of dense MLPs, shared and routed experts
 
 
-def test_missing_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_named_and_missing_options_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokens_file = tmp_path / "tokens.jsonl"
+    tokens_file.write_text('{"input_ids": [1]}\n' * 3)
+    rtn, best = (["--scheme", "W4A16", "--algorithm", name] for name in ("rtn", "best"))
+    calibration = ["--calibration", str(tokens_file), "--num-calibration-samples", "3"]
+    assert conversions.our_arguments(best, tokens_file) == best + calibration
     monkeypatch.setattr(conversions, "convert_help", lambda: "--scheme --observer")
-    assert conversions.our_arguments(["--scheme", "W4A16", "--algorithm", "rtn"], Path("t")) == ["--scheme", "W4A16"]
+    assert conversions.our_arguments(rtn, tokens_file) == ["--scheme", "W4A16"]
     with pytest.raises(conversions.UnavailableError, match="has no --algorithm, --calibration"):
-        conversions.our_arguments(["--scheme", "W4A16", "--algorithm", "best"], Path("t"))
+        conversions.our_arguments(best, tokens_file)
 
 
 def test_config_of_the_fixture_has_what_the_roles_name(source: Path) -> None:

@@ -143,7 +143,8 @@ def our_arguments(arguments: Sequence[str], tokens: Path) -> list[str]:
         at = chosen.index("--algorithm")
         del chosen[at : at + 2]
     if algorithm != "rtn":
-        chosen += ["--calibration", str(tokens.resolve())]
+        num_samples = len(tokens.read_text(encoding="utf-8").splitlines())
+        chosen += ["--calibration", str(tokens.resolve()), "--num-calibration-samples", str(num_samples)]
     missing = [argument for argument in chosen if argument.startswith("--") and argument.split("=")[0] not in options]
     if missing:
         raise UnavailableError(f"`llama4-quant convert` has no {', '.join(missing)}")
