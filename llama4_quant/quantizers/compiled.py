@@ -17,8 +17,7 @@ def quantize_compiled(
 ) -> PackedWeight:
     """Quantize one weight; errors as `quantize_weight`.
 
-    Holds, besides the result, 16 bytes a row and the scratch of kernels.cpp: less than 1 MiB, or 32 rows of the weight
-    and 9 bytes an input where one row has one scale.
+    Holds, besides the result, `compiled_scratch`.
 
     Args:
         weight: as for `quantize_weight`, on the CPU.
@@ -46,6 +45,15 @@ def quantize_compiled(
         squared_error=squared_error, squared_weight=squared_weight, scale_min=scale_min, scale_max=scale_max
     )
     return PackedWeight(codes=codes, scale=scale, shape=(num_rows, in_features), scheme=scheme, error=error)
+
+
+def compiled_scratch(num_rows: int, in_features: int, scheme: WeightScheme) -> int:
+    """Bytes, at most, that quantizing a weight [num_rows, in_features] takes beside the weight and its result.
+
+    A panel in float32 and a few lines as in kernels.cpp; and two sums a row, as float64 and as Python's numbers.
+    """
+    panel_rows, panel_columns = (64, in_features) if scheme.strategy is Strategy.CHANNEL else (128, 1024)
+    return 4 * panel_rows * (panel_columns + 32) + 16 * max(in_features, FP8_BLOCK_SIZE**2) + 96 * num_rows
 
 
 def _codes(weight: Tensor, scheme: WeightScheme, out: Tensor | None) -> Tensor:

@@ -29,63 +29,70 @@ INLINE typename Source::Word max_magnitude(const typename Source::Word* row, int
 }
 
 template <typename Source>
-INLINE float to_float(typename Source::Word word) {
-    const typename Source::Word words[8] = {word};
-    return Source::load8(words)[0];
-}
-
-template <typename Source>
-INLINE f32x8 load_part(const typename Source::Word* from, int64_t count) {  // fewer than 8 weights, then zeros
-    typename Source::Word words[8] = {};
+INLINE Floats load_part(const typename Source::Word* from, int64_t count) {  // fewer than kLanes weights, then zeros
+    typename Source::Word words[kLanes] = {};
     std::memcpy(words, from, count * sizeof *from);
-    return Source::load8(words);
+    return Source::load_lanes(words);
 }
 
 template <typename Source>
 INLINE void fill_lane(float* lane, const typename Source::Word* row, int64_t size, float power) {
     const float inverse = 1.0f / power;  // of a power of two, so the product is the quotient
     int64_t i = 0;
-    for (; i + 8 <= size; i += 8) store(lane + i, Source::load8(row + i) * inverse);
+    for (; i + kLanes <= size; i += kLanes) store(lane + i, Source::load_lanes(row + i) * inverse);
     if (i < size) store(lane + i, load_part<Source>(row + i, size - i) * inverse);
 }
 
 // Squares are summed in float32 over at most kRun weights, in units of a power of two near the scale so that they stay
-// in range, then in float64. Always the same eight sums in the same order.
+// in range, then in float64. Always the same sums, one for each lane of a vector, in the same order.
 constexpr int64_t kRun = 128;
 
 struct Sums {
     f64x4 error = {}, weight = {};
 };
 
-INLINE f64x4 widen_and_fold(f32x8 values) {
-    f32x4 halves[2];
-    std::memcpy(halves, &values, sizeof halves);
-    return __builtin_convertvector(halves[0], f64x4) + __builtin_convertvector(halves[1], f64x4);
+INLINE f64x4 fold_and_widen(Floats values) {
+    f32x4 quarters[kLanes / 4];
+    std::memcpy(quarters, &values, sizeof quarters);
+    for (int64_t i = kLanes / 4; i > 1; i /= 2)
+        for (int64_t j = 0; j < i / 2; j++) quarters[j] += quarters[j + i / 2];
+    return widen(quarters[0]);
 }
 
 INLINE double total(f64x4 four) { return (four[0] + four[2]) + (four[1] + four[3]); }
 
+// weight / scale, both in units of a power of two, to the nearest code as if divided. The product with the reciprocal
+// errs by less than 2^-22, which matters only at a midpoint between codes (see quantize.py). Such a quotient is a
+// float32, and one step of correction with the remainder, which a fused operation gives exactly, makes it exact.
+template <typename Source>
+INLINE Floats quotient(Floats weight, Floats scale, Floats reciprocal) {
+    if (!kFused || !Source::kShort) return weight / scale;
+    const Floats near = weight * reciprocal, remainder = multiply_add(-near, scale, weight);
+    return multiply_add(remainder, reciprocal, near);  // a zero may have lost its sign
+}
+
 template <typename Source, typename Grid>
 INLINE void encode_run(const typename Source::Word* row, int64_t size, float scale, uint8_t* codes, Sums& sums) {
-    const float unit = power_of_two(scale), inverse = 1.0f / unit, scale_in_units = scale * inverse;
-    f32x8 error_squares = {}, weight_squares = {};
-    const auto encode8 = [&](f32x8 weight) __attribute__((always_inline)) {
-        const f32x8 ratio = weight / scale;
-        const f32x8 value = Grid::nearest(ratio);
-        const f32x8 exact = weight * inverse, error = multiply_add(-value, f32x8{} + scale_in_units, exact);
+    const float unit = power_of_two(scale), inverse = 1.0f / unit;
+    const Floats scale_in_units = Floats{} + scale * inverse, reciprocal = 1.0f / scale_in_units;
+    Floats error_squares = {}, weight_squares = {};
+    const auto encode_lanes = [&](Floats weight) __attribute__((always_inline)) {
+        const Floats exact = weight * inverse;
+        const Floats value = Grid::nearest(quotient<Source>(exact, scale_in_units, reciprocal));
+        const Floats error = multiply_add(-value, scale_in_units, exact);
         error_squares = multiply_add(error, error, error_squares);
         weight_squares = multiply_add(exact, exact, weight_squares);
-        return __builtin_convertvector(Grid::code(ratio, value), u8x8);
+        return __builtin_convertvector(Grid::code(exact, value), Bytes);
     };
     int64_t i = 0;
-    for (; i + 8 <= size; i += 8) store(codes + i, encode8(Source::load8(row + i)));
+    for (; i + kLanes <= size; i += kLanes) store(codes + i, encode_lanes(Source::load_lanes(row + i)));
     if (i < size) {
-        const u8x8 last = encode8(load_part<Source>(row + i, size - i));
+        const Bytes last = encode_lanes(load_part<Source>(row + i, size - i));
         std::memcpy(codes + i, &last, size - i);
     }
     const double square = (double)unit * unit;
-    sums.error += widen_and_fold(error_squares) * square;
-    sums.weight += widen_and_fold(weight_squares) * square;
+    sums.error += fold_and_widen(error_squares) * square;
+    sums.weight += fold_and_widen(weight_squares) * square;
 }
 
 template <typename Source, typename Grid>
@@ -107,34 +114,44 @@ INLINE void pack(const uint8_t* nibbles, int64_t size, uint8_t* packed) {
 
 // ---- Panels ----
 
-// Word [r, c] of a panel from `source[r + c * stride]`: 4 x 4 words at a time for 16-bit words, in 64-bit registers.
+// 8 x 8 words from `from[r + c * stride]` to `to[r * width + c]`.
+#ifdef __SSE2__
+INLINE void turn8(const uint16_t* from, int64_t stride, uint16_t* to, int64_t width) {
+    __m128i words[8], mixed[8];
+    for (int64_t c = 0; c < 8; c++) words[c] = load<__m128i>(from + c * stride);
+    for (int64_t step = 0; step < 3; step++) {  // each interleaves a line with the one four further on
+        for (int64_t i = 0; i < 4; i++) {
+            mixed[2 * i] = _mm_unpacklo_epi16(words[i], words[i + 4]);
+            mixed[2 * i + 1] = _mm_unpackhi_epi16(words[i], words[i + 4]);
+        }
+        std::memcpy(words, mixed, sizeof words);
+    }
+    for (int64_t r = 0; r < 8; r++) store(to + r * width, words[r]);
+}
+#else
+INLINE void turn8(const uint16_t* from, int64_t stride, uint16_t* to, int64_t width) {
+    for (int64_t r = 0; r < 8; r++) {
+        for (int64_t c = 0; c < 8; c++) to[r * width + c] = from[r + c * stride];
+    }
+}
+#endif
+
+// Word [r, c] of a panel from `source[r + c * stride]`.
 INLINE void turn(
     const uint16_t* source, int64_t stride, int64_t rows, int64_t columns, uint16_t* panel, int64_t width) {
-    constexpr int64_t kAhead = 8;  // hardware prefetch does not follow strides of a page or more
-    constexpr uint64_t kEven16 = 0x0000FFFF0000FFFFu, kLow32 = 0xFFFFFFFFu;
-    const int64_t rows4 = rows / 4 * 4, columns4 = columns / 4 * 4;
-    for (int64_t c = 0; c < columns4; c += 4) {
+    constexpr int64_t kAhead = 32;  // hardware prefetch does not follow strides of a page or more
+    const int64_t rows8 = rows / 8 * 8, columns8 = columns / 8 * 8;
+    for (int64_t c = 0; c < columns8; c += 8) {
         const uint16_t* from = source + c * stride;
-        for (int64_t i = 0; i < 4; i++)
-            for (int64_t r = 0; r < rows; r += 32) __builtin_prefetch(from + (kAhead + i) * stride + r);
-        for (int64_t r = 0; r < rows4; r += 4) {
-            const uint64_t w0 = load<uint64_t>(from + r), w1 = load<uint64_t>(from + r + stride);
-            const uint64_t w2 = load<uint64_t>(from + r + 2 * stride), w3 = load<uint64_t>(from + r + 3 * stride);
-            const uint64_t even01 = (w0 & kEven16) | ((w1 & kEven16) << 16);
-            const uint64_t odd01 = ((w0 >> 16) & kEven16) | (w1 & ~kEven16);
-            const uint64_t even23 = (w2 & kEven16) | ((w3 & kEven16) << 16);
-            const uint64_t odd23 = ((w2 >> 16) & kEven16) | (w3 & ~kEven16);
-            uint16_t* to = panel + r * width + c;
-            store(to, (even01 & kLow32) | (even23 << 32));
-            store(to + width, (odd01 & kLow32) | (odd23 << 32));
-            store(to + 2 * width, (even01 >> 32) | (even23 & ~kLow32));
-            store(to + 3 * width, (odd01 >> 32) | (odd23 & ~kLow32));
+        for (int64_t i = 0; i < 8; i++) {
+            for (int64_t r = 0; r < rows; r += kLine / 2) __builtin_prefetch(from + (kAhead + i) * stride + r, 0, 2);
         }
-        for (int64_t r = rows4; r < rows; r++) {
-            for (int64_t i = 0; i < 4; i++) panel[r * width + c + i] = from[r + i * stride];
+        for (int64_t r = 0; r < rows8; r += 8) turn8(from + r, stride, panel + r * width + c, width);
+        for (int64_t r = rows8; r < rows; r++) {
+            for (int64_t i = 0; i < 8; i++) panel[r * width + c + i] = from[r + i * stride];
         }
     }
-    for (int64_t c = columns4; c < columns; c++) {
+    for (int64_t c = columns8; c < columns; c++) {
         for (int64_t r = 0; r < rows; r++) panel[r * width + c] = source[r + c * stride];
     }
 }
@@ -185,7 +202,7 @@ struct Walk {
         for (int64_t c = 0; c < columns; c += size) {
             const Word most = max_magnitude<Source>(row + c, size);
             walk.finite = walk.finite && most < Source::kInfinity;
-            const float base = base_scale<Grid>(to_float<Source>(most));
+            const float base = base_scale<Grid>(Source::load1(most));
             float scale = round_to_bf16(base);
             if (walk.search.num_factors) {
                 fill_lane<Source>(walk.search.lane, row + c, size, power_of_two(base));
@@ -220,7 +237,7 @@ struct Walk {
             most = magnitude > most ? magnitude : most;
         }
         finite = finite && most < Source::kInfinity;
-        const float base = base_scale<Grid>(to_float<Source>(most));
+        const float base = base_scale<Grid>(Source::load1(most));
         float scale = round_to_bf16(base);
         if (search.num_factors) {
             std::memset(search.lane, 0, kBlock * kBlock * sizeof(float));
@@ -276,7 +293,7 @@ struct Walk {
 
 INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-constexpr int64_t kPanelRows = 64, kPanelColumns = 1024;  // 128 KiB in bf16: a part of the second cache
+constexpr int64_t kPanelRows = 128, kPanelColumns = 1024;  // 256 KiB in bf16: a part of the second cache
 
 template <typename Source, typename Grid>
 int32_t run(const Job& job) {

@@ -1,23 +1,29 @@
 // The arithmetic of the compiled quantizers: source dtypes, code grids and the scale search, twins of int4.py, fp8.py
-// and search.py. 8-wide vectors are those of the compiler's own extension (GCC and Clang).
+// and search.py. Vectors are those of the compiler's own extension (GCC and Clang): 16 floats with AVX-512, else 8.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+constexpr int64_t kLanes = 16;
+#else
+constexpr int64_t kLanes = 8;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef double f64x4 __attribute__((vector_size(32)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
-typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -44,31 +50,39 @@ INLINE void store(Element* to, Vector vector) {
     std::memcpy(to, &vector, sizeof vector);
 }
 
-// One instruction each where GCC would make two of the comparison. Arguments are not NaN where the result is used.
-INLINE f32x8 at_least(f32x8 values, float low) {
-#ifdef __AVX__
-    return _mm256_max_ps(values, f32x8{} + low);
+// One instruction each where GCC would make two of the comparison, or many of the conversion. Arguments are not NaN
+// where the result is used.
+#ifdef __AVX512F__
+INLINE Floats at_least(Floats values, float low) { return _mm512_max_ps(values, Floats{} + low); }
+INLINE Floats at_most(Floats values, float high) { return _mm512_min_ps(values, Floats{} + high); }
+INLINE Ints widen(Halves words) { return (Ints)_mm512_cvtepu16_epi32((__m256i)words); }
+#elif defined(__AVX2__)
+INLINE Floats at_least(Floats values, float low) { return _mm256_max_ps(values, Floats{} + low); }
+INLINE Floats at_most(Floats values, float high) { return _mm256_min_ps(values, Floats{} + high); }
+INLINE Ints widen(Halves words) { return (Ints)_mm256_cvtepu16_epi32((__m128i)words); }
 #else
-    return values < low ? f32x8{} + low : values;
+INLINE Floats at_least(Floats values, float low) { return values < low ? Floats{} + low : values; }
+INLINE Floats at_most(Floats values, float high) { return values > high ? Floats{} + high : values; }
+INLINE Ints widen(Halves words) { return __builtin_convertvector(words, Ints); }
 #endif
-}
 
-INLINE f32x8 at_most(f32x8 values, float high) {
 #ifdef __AVX__
-    return _mm256_min_ps(values, f32x8{} + high);
+INLINE f64x4 widen(f32x4 values) { return _mm256_cvtps_pd(values); }
 #else
-    return values > high ? f32x8{} + high : values;
+INLINE f64x4 widen(f32x4 values) { return __builtin_convertvector(values, f64x4); }
 #endif
-}
 
-// a * b + c, rounded once or twice: only for uses where both give the same, or are as good.
-INLINE f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) {
-#ifdef __FMA__
-    return _mm256_fmadd_ps(a, b, c);
+// a * b + c, rounded once or, where kFused is false, twice.
+#if defined(__FMA__) && defined(__AVX512F__)
+constexpr bool kFused = true;
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__FMA__)
+constexpr bool kFused = true;
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 #else
-    return a * b + c;
+constexpr bool kFused = false;
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 #endif
-}
 
 INLINE float round_to_bf16(float value) {
     const uint32_t word = bits<uint32_t>(value);
@@ -81,8 +95,9 @@ struct Bf16 {
     typedef uint16_t Word;
     static constexpr Word kMagnitude = 0x7FFF, kInfinity = 0x7F80;
     static constexpr bool kShort = true;  // at most 11 significant bits, see `squared_error`
-    INLINE f32x8 load8(const Word* from) {
-        return bits<f32x8>(__builtin_convertvector(load<u16x8>(from), i32x8) << 16);
+    INLINE float load1(Word word) { return bits<float>((uint32_t)word << 16); }
+    INLINE Floats load_lanes(const Word* from) {
+        return bits<Floats>(widen(load<Halves>(from)) << 16);
     }
 };
 
@@ -90,10 +105,14 @@ struct Fp16 {
     typedef uint16_t Word;
     static constexpr Word kMagnitude = 0x7FFF, kInfinity = 0x7C00;
     static constexpr bool kShort = true;
-    INLINE f32x8 load8(const Word* from) {  // moving the exponent's bias from 15 to 127 is a multiplication
-        const i32x8 word = __builtin_convertvector(load<u16x8>(from), i32x8);
-        const f32x8 magnitude = bits<f32x8>((word & 0x7FFF) << 13) * 0x1p112f;
-        return bits<f32x8>(bits<i32x8>(magnitude) | ((word & 0x8000) << 16));
+    INLINE float load1(Word word) {
+        const float magnitude = bits<float>((word & 0x7FFFu) << 13) * 0x1p112f;
+        return bits<float>(bits<uint32_t>(magnitude) | ((word & 0x8000u) << 16));
+    }
+    INLINE Floats load_lanes(const Word* from) {  // moving the exponent's bias from 15 to 127 is a multiplication
+        const Ints word = widen(load<Halves>(from));
+        const Floats magnitude = bits<Floats>((word & 0x7FFF) << 13) * 0x1p112f;
+        return bits<Floats>(bits<Ints>(magnitude) | ((word & 0x8000) << 16));
     }
 };
 
@@ -101,7 +120,8 @@ struct Fp32 {
     typedef uint32_t Word;
     static constexpr Word kMagnitude = 0x7FFFFFFF, kInfinity = 0x7F800000;
     static constexpr bool kShort = false;
-    INLINE f32x8 load8(const Word* from) { return load<f32x8>(from); }
+    INLINE float load1(Word word) { return bits<float>(word); }
+    INLINE Floats load_lanes(const Word* from) { return load<Floats>(from); }
 };
 
 // ---- Code grids, as int4.py and fp8.py. Adding 1.5 * 2^23 units and subtracting them rounds to even. ----
@@ -111,13 +131,13 @@ struct Int4 {
     static constexpr float kAbsmaxCode = 7.5f;
     INLINE Scale stored(float scale) { return (Scale)(bits<uint32_t>(scale) >> 16); }
     static constexpr float kRound = 0x1.8p23f;
-    INLINE f32x8 nearest(f32x8 ratio) { return (at_most(at_least(ratio, -8.0f), 7.0f) + kRound) - kRound; }
-    INLINE f32x8 nearest_product(f32x8 weight, f32x8 reciprocal) {  // magnitude under 2^22
-        const f32x8 rounded = multiply_add(weight, reciprocal, f32x8{} + kRound);
+    INLINE Floats nearest(Floats ratio) { return (at_most(at_least(ratio, -8.0f), 7.0f) + kRound) - kRound; }
+    INLINE Floats nearest_product(Floats weight, Floats reciprocal) {  // magnitude under 2^22
+        const Floats rounded = multiply_add(weight, reciprocal, Floats{} + kRound);
         return at_most(at_least(rounded, kRound - 8.0f), kRound + 7.0f) - kRound;
     }
-    INLINE i32x8 code(f32x8, f32x8 value) {  // the nibble, code + 8, in the low bits of the sum
-        return bits<i32x8>(value + (kRound + 8.0f)) & 15;
+    INLINE Ints code(Floats, Floats value) {  // the nibble, code + 8, in the low bits of the sum
+        return bits<Ints>(value + (kRound + 8.0f)) & 15;
     }
 };
 
@@ -125,24 +145,24 @@ struct Fp8 {
     typedef float Scale;
     static constexpr float kAbsmaxCode = 448.0f;
     INLINE Scale stored(float scale) { return scale; }
-    INLINE f32x8 nearest(f32x8 ratio) { return nearest_inside(at_most(at_least(ratio, -448.0f), 448.0f)); }
+    INLINE Floats nearest(Floats ratio) { return nearest_inside(at_most(at_least(ratio, -448.0f), 448.0f)); }
     // Factors are at least 1, so ratios reach 448 (1 + 2^-8), by the rounding of the scale: under the midpoint 464.
-    INLINE f32x8 nearest_product(f32x8 weight, f32x8 reciprocal) { return nearest_inside(weight * reciprocal); }
-    INLINE f32x8 nearest_inside(f32x8 ratio) {
-        const f32x8 power = at_least(bits<f32x8>(bits<i32x8>(ratio) & kExponent), 0x1p-6f);
-        const f32x8 shift = power * 0x1.8p20f;
+    INLINE Floats nearest_product(Floats weight, Floats reciprocal) { return nearest_inside(weight * reciprocal); }
+    INLINE Floats nearest_inside(Floats ratio) {
+        const Floats power = at_least(bits<Floats>(bits<Ints>(ratio) & kExponent), 0x1p-6f);
+        const Floats shift = power * 0x1.8p20f;
         return (ratio + shift) - shift;
     }
-    INLINE i32x8 code(f32x8 ratio, f32x8 value) {  // the sign is that of the ratio: -0 is kept
-        const i32x8 magnitude = bits<i32x8>(value) & 0x7FFFFFFF;
-        const i32x8 normal = (magnitude >> 20) - ((127 - 7) << 3);
-        const i32x8 subnormal = bits<i32x8>(bits<f32x8>(magnitude) + 0x1p14f) - bits<int32_t>(0x1p14f);
-        const i32x8 code = magnitude < bits<int32_t>(0x1p-6f) ? subnormal : normal;
-        return code | ((bits<i32x8>(ratio) >> 24) & 0x80);
+    INLINE Ints code(Floats weight, Floats value) {  // the sign is that of the weight: -0 is kept
+        const Ints magnitude = bits<Ints>(value) & 0x7FFFFFFF;
+        const Ints normal = (magnitude >> 20) - ((127 - 7) << 3);
+        const Ints subnormal = bits<Ints>(bits<Floats>(magnitude) + 0x1p14f) - bits<int32_t>(0x1p14f);
+        const Ints code = magnitude < bits<int32_t>(0x1p-6f) ? subnormal : normal;
+        return code | ((bits<Ints>(weight) >> 24) & 0x80);
     }
 };
 
-// ---- Scale search, as search.py; a lane is the weights of one scale, contiguous and zero up to a multiple of 8. ----
+// ---- Scale search, as search.py; a lane is the weights of one scale, contiguous and zero up to a multiple of kLanes. ----
 
 struct Search {
     const float* factors;
@@ -155,10 +175,10 @@ struct Search {
 // product with the reciprocal picks the same code, or at a midpoint the other of two that are equally far: the squared
 // error, exact before squaring, is the same. Only float32 weights need the division.
 template <typename Grid, bool kShort>
-INLINE f32x8 squared_error(const float* lane, f32x8 scale, f32x8 reciprocal) {
-    const f32x8 weight = load<f32x8>(lane);
-    const f32x8 value = kShort ? Grid::nearest_product(weight, reciprocal) : Grid::nearest(weight / scale);
-    const f32x8 error = multiply_add(-value, scale, weight);  // the product is exact
+INLINE Floats squared_error(const float* lane, Floats scale, Floats reciprocal) {
+    const Floats weight = load<Floats>(lane);
+    const Floats value = kShort ? Grid::nearest_product(weight, reciprocal) : Grid::nearest(weight / scale);
+    const Floats error = multiply_add(-value, scale, weight);  // the product is exact
     return error * error;
 }
 
@@ -180,33 +200,37 @@ INLINE float tree_sum(float* values, int64_t count) {
     return values[0];
 }
 
-// The first two or three levels of the tree are summed in registers where the size allows.
+// The first levels of the tree, up to three, are summed in registers where the size allows.
 template <typename Grid, bool kShort>
 INLINE float lane_error(const Search& search, int64_t size, float one_scale) {
     const float* lane = search.lane;
     float* partial = search.partial;
-    const f32x8 scale = f32x8{} + one_scale, reciprocal = f32x8{} + 1.0f / one_scale;
+    const Floats scale = Floats{} + one_scale, reciprocal = Floats{} + 1.0f / one_scale;
     const auto at = [&](int64_t i) __attribute__((always_inline)) {
         return squared_error<Grid, kShort>(lane + i, scale, reciprocal);
     };
-    if (size % 64 == 0) {
-        const int64_t m = size / 8;
-        for (int64_t i = 0; i < m; i += 8) {
-            const f32x8 even = (at(i) + at(i + 4 * m)) + (at(i + 2 * m) + at(i + 6 * m));
-            const f32x8 odd = (at(i + m) + at(i + 5 * m)) + (at(i + 3 * m) + at(i + 7 * m));
+    const auto halves = [&](int64_t i, int64_t m) __attribute__((always_inline)) { return at(i) + at(i + m); };
+    const auto quarters = [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+        return halves(i, 2 * m) + halves(i + m, 2 * m);
+    };
+    int64_t m = size;
+    if (size % (8 * kLanes) == 0) {
+        m = size / 8;
+        for (int64_t i = 0; i < m; i += kLanes) {
+            const Floats even = halves(i, 4 * m) + halves(i + 2 * m, 4 * m);
+            const Floats odd = halves(i + m, 4 * m) + halves(i + 3 * m, 4 * m);
             store(partial + i, even + odd);
         }
-        return tree_sum(partial, m);
+    } else if (size % (4 * kLanes) == 0) {
+        m = size / 4;
+        for (int64_t i = 0; i < m; i += kLanes) store(partial + i, quarters(i, m));
+    } else if (size % (2 * kLanes) == 0) {
+        m = size / 2;
+        for (int64_t i = 0; i < m; i += kLanes) store(partial + i, halves(i, m));
+    } else {
+        for (int64_t i = 0; i < size; i += kLanes) store(partial + i, at(i));
     }
-    if (size % 32 == 0) {
-        const int64_t m = size / 4;
-        for (int64_t i = 0; i < m; i += 8) {
-            store(partial + i, (at(i) + at(i + 2 * m)) + (at(i + m) + at(i + 3 * m)));
-        }
-        return tree_sum(partial, m);
-    }
-    for (int64_t i = 0; i < size; i += 8) store(partial + i, at(i));
-    return tree_sum(partial, size);
+    return tree_sum(partial, m);
 }
 
 template <typename Grid>
