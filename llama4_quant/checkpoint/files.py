@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama4_quant.errors import OutputError
@@ -101,6 +101,27 @@ def _foreign(path: Path) -> str:
         f"{path}: expected a file made by llama4-quant, found a link, folder, device or shared file; find out who put "
         "it there, and delete the folder"
     )
+
+
+def write_behind(descriptor: int, start: int = 0, nbytes: int = 0) -> None:
+    """Have the kernel write what is dirty in a range now, without waiting, and give up what is clean; 0 is to the end.
+
+    So the disk works while we compute, the last sync is short, and the output takes little of the page cache: new
+    pages cost more time than writing to pages that were just given up.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # advice: a file system may not know it
+            os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def reopen_direct(descriptor: int) -> int | None:
+    """The same file once more, for writing past the kernel's cache; None where the system or file system cannot."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 @contextmanager

@@ -17,13 +17,16 @@ from typing import Any, Self
 
 import torch
 
-from llama4_quant.checkpoint.buffers import byte_view, read_into
+from llama4_quant.checkpoint.buffers import byte_view, read_ahead, read_into
 from llama4_quant.checkpoint.header import TensorEntry, read_header
 from llama4_quant.checkpoint.index import check_against_index, check_folder, shards_of
 from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.paths import CONFIG_NAME, locate
 from llama4_quant.checkpoint.resume import source_facts
 from llama4_quant.errors import CheckpointError
+
+READ_AHEAD = 2
+"""So many times what was read is read ahead: items lie one behind the other, and two workers take two of them."""
 
 __all__ = ["CheckpointReader", "TensorEntry", "read_json"]
 
@@ -160,6 +163,7 @@ class CheckpointReader:
     def _read_bytes(self, path: Path, start: int, view: memoryview, name: str) -> None:
         try:
             count = read_into(self._descriptors[path], view, start)
+            read_ahead(self._descriptors[path], start + count, READ_AHEAD * count)
         except KeyError:
             raise CheckpointError(f"{path}: the checkpoint is closed; read inside its `with` block") from None
         except OSError as problem:

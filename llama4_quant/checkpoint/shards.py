@@ -1,13 +1,23 @@
-"""The weight files of an output while they are written: open descriptors, and which of them hold unsynced bytes."""
+"""The weight files of an output while they are written: open descriptors, and which of them hold unsynced bytes.
+
+Large writes go past the kernel's cache: copying to it, and finding room in it for an output that nobody reads soon,
+costs more time than quantizing. Whole pages go directly; what is before and after them, and all that cannot go
+directly, goes through the cache, and is given up there once it is on the disk.
+"""
 
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
 
-from llama4_quant.checkpoint.buffers import read_into, write_from
-from llama4_quant.checkpoint.files import os_errors
+from llama4_quant.checkpoint.buffers import read_into, write_direct, write_from
+from llama4_quant.checkpoint.files import os_errors, reopen_direct, write_behind
 from llama4_quant.checkpoint.layout import Layout
 from llama4_quant.checkpoint.staging import Staging
+
+DIRECT_BYTES = 2**20
+"""Smaller writes go through the cache: for them the way to the disk and back is what takes time."""
+WRITES_ON_THEIR_WAY = 2
 
 
 class ShardFiles:
@@ -18,7 +28,9 @@ class ShardFiles:
         self._layout = layout
         self._staging = staging
         self._descriptors: dict[int, int] = {}
+        self._direct: dict[int, int | None] = {}
         self._dirty: set[int] = set()
+        self._on_their_way: deque[tuple[int, int, int]] = deque()
         self._lock = threading.Lock()
 
     def allocate(self) -> None:
@@ -48,9 +60,13 @@ class ShardFiles:
         """Write bytes of `what` at a position of a shard."""
         path = self._staging.out / self._layout.shards[number].filename
         with os_errors(f"{path}: {what} cannot be written", self._staging.folder, len(view)):
-            write_from(self._descriptors[number], view, start)
+            first, last = self._write_direct(number, view, start)
+            write_from(self._descriptors[number], view[:first], start)
+            write_from(self._descriptors[number], view[last:], start + last)
         with self._lock:
             self._dirty.add(number)
+        if first == last:
+            self._write_behind(number, start, len(view))
 
     def read(self, number: int, view: memoryview, start: int) -> None:
         """Fill `view` with bytes of a shard that were written before."""
@@ -71,6 +87,7 @@ class ShardFiles:
         with os_errors(f"{self._staging.out}: cannot be written", self._staging.folder, self._layout.nbytes):
             for number in sorted(dirty):
                 os.fdatasync(self._descriptors[number])
+                write_behind(self._descriptors[number])
 
     def sync_all(self) -> None:
         """Bring every shard to the disk, whoever wrote to it."""
@@ -80,8 +97,30 @@ class ShardFiles:
 
     def close(self) -> None:
         """Close all files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        for descriptor in (*self._descriptors.values(), *self._direct.values()):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._descriptors.clear()
+        self._direct.clear()
+
+    def _write_direct(self, number: int, view: memoryview, start: int) -> tuple[int, int]:
+        """Write what can go past the cache; returns which part of `view` that was."""
+        if len(view) < DIRECT_BYTES:
+            return 0, 0
+        with self._lock:
+            if number not in self._direct:
+                self._direct[number] = reopen_direct(self._descriptors[number])
+        descriptor = self._direct[number]
+        return (0, 0) if descriptor is None else write_direct(descriptor, view, start)
+
+    def _write_behind(self, number: int, start: int, nbytes: int) -> None:
+        """Begin to bring a range to the disk, and give up the cache of one that has probably arrived there."""
+        with self._lock:
+            self._on_their_way.append((number, start, nbytes))
+            arrived = self._on_their_way.popleft() if len(self._on_their_way) > WRITES_ON_THEIR_WAY else None
+        write_behind(self._descriptors[number], start, nbytes)
+        if arrived is not None:
+            write_behind(self._descriptors[arrived[0]], *arrived[1:])
 
     def _keep(self, number: int, descriptor: int) -> None:
         self._descriptors[number] = descriptor

@@ -19,6 +19,7 @@ How the files become visible is described in staging.py.
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +36,7 @@ from llama4_quant.checkpoint.locks import Turn
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME, has_self_checksum, make_manifest, sha256
 from llama4_quant.checkpoint.paths import CONFIG_NAME, INDEX_NAME, PARAMS_NAME, SCRATCH_NAME, is_plain_name
 from llama4_quant.checkpoint.resume import FINGERPRINT_NAME, Job, can_continue, canonical_json, digest
-from llama4_quant.checkpoint.shards import ShardFiles
+from llama4_quant.checkpoint.shards import DIRECT_BYTES, ShardFiles
 from llama4_quant.checkpoint.staging import Staging
 from llama4_quant.errors import OutputError
 
@@ -75,6 +76,7 @@ class CheckpointWriter:
         self._staging: Staging | None = None
         self._shards: ShardFiles | None = None
         self._journal: Journal | None = None
+        self._helpers = ThreadPoolExecutor(thread_name_prefix="shard-write")
 
     def __enter__(self) -> Self:
         """Take the output folder and reserve the space of all shards, or reopen those of an interrupted job.
@@ -122,17 +124,26 @@ class CheckpointWriter:
         placement = self._placement(name, tensor, row_start)
         offset = row_start * placement.tensor.row_nbytes
         view = byte_view(tensor.detach().cpu().contiguous())
-        self._shards.write(placement.shard, view, placement.start + offset, name)
+        place = (placement.shard, view, placement.start + offset, name)
         is_archive = self._layout.shards[placement.shard].archive is not None
-        part = WrittenRange(
-            name=name,
-            start=offset,
-            stop=offset + len(view),
-            sha256=sha256(view),
-            crc32=zlib.crc32(view) if is_archive else None,
-        )
+        if len(view) < DIRECT_BYTES:
+            self._shards.write(*place)
+            checksum, crc32 = _checksums(view, is_archive=is_archive)
+        else:
+            written = self._helpers.submit(self._shards.write, *place)  # the disk works while we compute
+            checksum, crc32 = _checksums(view, is_archive=is_archive)
+            written.result()
+        part = WrittenRange(name=name, start=offset, stop=offset + len(view), sha256=checksum, crc32=crc32)
         self._coverage.add(part)
         return part
+
+    def position(self, name: str, row_start: int = 0) -> int:
+        """Byte of its file where a row of an output tensor lies.
+
+        Large rows are written fastest from memory whose address leaves the same remainder by PAGE_BYTES.
+        """
+        placement = self._layout.placements[name]
+        return placement.start + row_start * placement.tensor.row_nbytes
 
     def read(self, name: str) -> torch.Tensor:
         """Read an output tensor back, all of whose rows were written, by this process or an interrupted one."""
@@ -282,6 +293,7 @@ class CheckpointWriter:
 
     def _leave(self, *, discard: bool = False) -> None:
         """Close everything; what is staged stays, unless it is to be discarded."""
+        self._helpers.shutdown()
         shards, self._shards = self._shards, None
         journal, self._journal = self._journal, None
         staging, self._staging = self._staging, None
@@ -291,6 +303,11 @@ class CheckpointWriter:
             journal.close()
         if staging is not None:
             staging.discard() if discard else staging.leave()
+
+
+def _checksums(view: memoryview, *, is_archive: bool) -> tuple[str, int | None]:
+    """SHA-256 of some bytes, and their CRC-32 where a zip archive will need it."""
+    return sha256(view), zlib.crc32(view) if is_archive else None
 
 
 def _check_names(json_files: Mapping[str, object], copies: Mapping[str, object], last_file: str) -> None:

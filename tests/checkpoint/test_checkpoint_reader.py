@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from llama4_quant.checkpoint.header import DTYPES
-from llama4_quant.checkpoint.reader import CheckpointReader
+from llama4_quant.checkpoint.reader import READ_AHEAD, CheckpointReader
 from llama4_quant.errors import CheckpointError
 
 
@@ -81,6 +81,16 @@ def test_reads_only_the_bytes_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(os, "preadv", spy)
         reader.read_slice("b", 2, 1, 4)  # rows of 8 values x 2 bytes; 6 rows an expert
         assert calls == [(reader.tensors["b"].start + (2 * 6 + 1) * 16, 3 * 16)]
+
+
+def test_what_comes_next_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = two_shards(tmp_path / "model")
+    with CheckpointReader.open(folder) as reader:
+        advised: list[tuple[int, int, int]] = []
+        monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *advice: advised.append(advice))
+        reader.read_slice("b", 1, 0, 6)
+        end = reader.tensors["b"].start + 2 * 6 * 16
+        assert advised == [(end, READ_AHEAD * 6 * 16, os.POSIX_FADV_WILLNEED)]
 
 
 def test_reads_into_a_given_buffer_without_another(tmp_path: Path) -> None:

@@ -149,6 +149,44 @@ def test_contiguous_tensors_are_written_from_their_own_memory(tmp_path: Path, mo
     assert addresses == [(values.data_ptr() + 4096, 8192)]
 
 
+def test_what_is_written_is_written_behind_and_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every range once at its write; again when two more are on their way, and all of a file after a sync."""
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, start, nbytes, _advice: advised.append((start, nbytes)))
+    values = torch.arange(64, dtype=torch.float32)
+    with CheckpointWriter(tmp_path / "out", layout := layout_of({"t": values})) as writer:
+        advised.clear()  # the header's
+        start = layout.placements["t"].start
+        for row in (0, 16, 32, 48):
+            writer.write("t", values[row : row + 16], row_start=row)
+        ranges = [(start + 4 * row, 64) for row in (0, 16, 32, 48)]
+        assert set(advised) >= set(ranges)
+        assert advised.count(ranges[0]) == advised.count(ranges[1]) == 2
+        assert advised.count(ranges[2]) == advised.count(ranges[3]) == 1
+        writer.sync()
+        assert advised[-1] == (0, 0)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_system_that_takes_no_advice_gives_the_same_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    if is_known:
+        monkeypatch.setattr(os, "posix_fadvise", refuse)
+    else:
+        monkeypatch.delattr(os, "posix_fadvise")
+    tensors = some_tensors()
+    with CheckpointWriter(tmp_path / "out", layout_of(tensors)) as writer:
+        for name, values in tensors.items():
+            writer.write(name, values)
+        writer.finish(CONFIG, {})
+    with CheckpointReader.open(tmp_path / "out") as reader:
+        assert all(same_bits(reader.read(name), values) for name, values in tensors.items())
+
+
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = some_tensors()
     real = os.pwrite
