@@ -188,6 +188,8 @@ def _show(report: Report, *, as_json: bool) -> None:
         f"memory: at most {size(memory.predicted)} of {size(memory.limit)} for {memory.num_workers} "
         f"worker{'' if memory.num_workers == 1 else 's'}; the smallest --max-memory is {memory.smallest // 2**20}MiB"
     )
+    if report.backend is not None:
+        out.print(f"quantizers: {report.backend}")
     for note in report.notes:
         out.print(f"note: {note}")
     if report.output is not None:

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 
+from llama4_quant.checkpoint.buffers import PAGE_BYTES
 from llama4_quant.checkpoint.journal import WrittenRange
 from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.reader import CheckpointReader
@@ -17,8 +19,21 @@ from llama4_quant.plan import Plan
 from llama4_quant.quantizers.backend import Backend
 from llama4_quant.report import WeightRecord, weight_record
 from llama4_quant.stream import Piece, Progress, encode_kept, encode_piece, quantize_piece, read_item, split_piece
-from llama4_quant.work import MemoryUse, WorkItem
+from llama4_quant.work import MemoryUse, WorkItem, buffer_sizes
 from llama4_quant.workers import Workers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Buffers:
+    """What a worker reuses from item to item, since fresh memory costs as much time as quantizing into it.
+
+    Attributes:
+        source: uint8, for the source bytes of an item.
+        codes: uint8, for the codes of one weight, and a page to move them in.
+    """
+
+    source: torch.Tensor
+    codes: torch.Tensor
 
 
 class Conversion:
@@ -54,12 +69,8 @@ class Conversion:
         total = sum(item.num_bytes for item in items)
         told("", total - sum(item.num_bytes for item in left))
         if mine:
-            workers = Workers(
-                mine,
-                self._do,
-                num_workers=memory.num_workers,
-                buffer_bytes=max(item.num_bytes for item in mine),
-            )
+            sizes = buffer_sizes(self._plan, mine, self._backend)
+            workers = Workers(mine, self._do, num_workers=memory.num_workers, new_buffers=lambda: _new_buffers(*sizes))
             with closing(workers.run(self._writer.sync, self._reader.stop_waiting)) as finished:
                 for item in finished:
                     told(self._plan.tensors[item.tensor].spec.name, item.num_bytes)
@@ -89,25 +100,37 @@ class Conversion:
                 merged[done.weight] = done if earlier is None else earlier.merge(done)
         return tuple(weight_record(decision, merged.get(decision.name)) for decision in self._plan.decisions)
 
-    def _do(self, item: WorkItem, buffer: torch.Tensor) -> None:
+    def _do(self, item: WorkItem, buffers: _Buffers) -> None:
         ranges: list[WrittenRange] = []
         done: dict[str, WeightNote] = {}
-        for piece in read_item(self._reader, self._plan.tensors[item.tensor], item, buffer):
+        for piece in read_item(self._reader, self._plan.tensors[item.tensor], item, buffers.source):
             for part in split_piece(piece):
                 if part.decision.scheme is None:
                     ranges.append(self._write(encode_kept(part)))
                     continue
-                quantized = self._quantize(part, ranges)
+                quantized = self._quantize(part, buffers.codes, ranges)
                 earlier = done.get(quantized.weight)
                 done[quantized.weight] = quantized if earlier is None else earlier.merge(quantized)
         self._writer.record(item.id, ranges, [quantized.to_json() for quantized in done.values()])
 
-    def _quantize(self, piece: Piece, ranges: list[WrittenRange]) -> WeightNote:
+    def _quantize(self, piece: Piece, codes: torch.Tensor, ranges: list[WrittenRange]) -> WeightNote:
+        out = _at_page_offset(codes, self._writer.position(piece.decision.outputs[0].name, piece.row_start))
         started = time.perf_counter()
-        quantized = quantize_piece(piece, self._backend)
+        quantized = quantize_piece(piece, self._backend, out)
         seconds = time.perf_counter() - started
         ranges += [self._write(rows) for rows in encode_piece(piece, quantized)]
         return WeightNote(weight=piece.decision.name, error=quantized.error, seconds=seconds)
 
     def _write(self, rows: EncodedRows) -> WrittenRange:
         return self._writer.write(rows.name, rows.values, rows.row_start)
+
+
+def _at_page_offset(buffer: torch.Tensor, position: int) -> torch.Tensor:
+    """The part of a buffer that begins as far into a page of memory as `position` lies in a page of its file."""
+    return buffer[(position - buffer.data_ptr()) % PAGE_BYTES :]
+
+
+def _new_buffers(source_bytes: int, codes_bytes: int) -> _Buffers:
+    return _Buffers(
+        source=torch.empty(source_bytes, dtype=torch.uint8), codes=torch.empty(codes_bytes, dtype=torch.uint8)
+    )

@@ -82,11 +82,11 @@ def dry_run(
         config = Llama4Config.from_file(path / "config.json" if path.is_dir() else path)
         plan = make_plan(config, chosen, format=storage, model_parallel=model_parallel)
         output_config(plan)
-        return make_report(plan, str(source), memory=plan_memory(plan, work_items(plan), max_memory, workers))
+        return _planned(plan, str(source), max_memory, workers)
     with open_headers(str(source), revision) as reader:
         plan = _plan(reader, chosen, storage, model_parallel)
         output_config(plan, reader)
-        return make_report(plan, str(source), memory=plan_memory(plan, work_items(plan), max_memory, workers))
+        return _planned(plan, str(source), max_memory, workers)
 
 
 def convert(
@@ -168,15 +168,15 @@ def convert(
     ) as reader:
         plan = _plan(reader, chosen, storage, model_parallel)
         config = output_config(plan, reader)
-        items = work_items(plan)
-        memory = plan_memory(plan, items, max_memory, workers)
+        items, backend = work_items(plan), choose_backend()
+        memory = plan_memory(plan, items, backend, max_memory, workers)
         prepared = None
         if calibration is not None:
             _check_calibration(storage, rank, delete_source_shards=delete_source_shards)
             prepared = prepare(calibration, reader)
             memory = with_calibration(memory, plan, calibration.solver, max(prepared.lengths))
         if on_plan is not None:
-            on_plan(make_report(plan, str(source), memory=memory))
+            on_plan(make_report(plan, str(source), memory=memory, backend=backend))
         layout = _layout(plan, shard_size)
         job = Job(
             fingerprint=_fingerprint(reader, plan, shard_size, prepared),
@@ -199,7 +199,6 @@ def convert(
                     reader.require_space()
                     reader.expect((plan.tensors[item.tensor].spec.name, item.num_bytes) for item in mine)
                 meet()  # nobody begins before all have seen what is left
-            backend = choose_backend()
             conversion = Conversion(plan, reader, writer, backend)
             conversion.run(items, left, mine, memory, progress)
             calibrating = None
@@ -212,6 +211,7 @@ def convert(
                     plan,
                     str(source),
                     memory=memory,
+                    backend=backend,
                     output=str(out),
                     weights=conversion.weight_records(items),
                     calibration=calibrating,
@@ -220,6 +220,12 @@ def convert(
                 config={layout.last_file: config},
                 copies={path.name: path for path in side_files(reader.path)},
             )
+
+
+def _planned(plan: Plan, source: str, max_memory: int | str | None, workers: int | None) -> Report:
+    backend = choose_backend()
+    memory = plan_memory(plan, work_items(plan), backend, max_memory, workers)
+    return make_report(plan, source, memory=memory, backend=backend)
 
 
 def _require_room(repository: str, revision: str | None, out: Path, output_bytes: int) -> None:

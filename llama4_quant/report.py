@@ -11,6 +11,7 @@ from llama4_quant.calibration.records import CalibrationRecord, CalibrationRepor
 from llama4_quant.checkpoint.manifest import CHECKSUM_KEY, with_self_checksum
 from llama4_quant.notes import WeightNote
 from llama4_quant.plan import Decision, Plan
+from llama4_quant.quantizers.backend import Backend
 from llama4_quant.work import MemoryUse
 
 REPORT_NAME = "quantization_report.json"
@@ -94,6 +95,7 @@ class Report:
         ignore: the `ignore` list of quantization_config: every linear module that stays BF16.
         weights: a record per weight.
         memory: how much memory it takes, and how many workers share it.
+        backend: what quantizes, and its compiler, or why it is the plain one; None where nothing is quantized.
         seconds: wall time; None for a dry run.
         calibration: data, layers and notes of a calibration; None without.
     """
@@ -108,6 +110,7 @@ class Report:
     ignore: tuple[str, ...]
     weights: tuple[WeightRecord, ...]
     memory: MemoryUse
+    backend: str | None
     seconds: float | None
     calibration: CalibrationReport | None = None
     schema_version: int = SCHEMA_VERSION
@@ -147,6 +150,7 @@ def make_report(
     source: str,
     *,
     memory: MemoryUse,
+    backend: Backend,
     output: str | None = None,
     weights: Sequence[WeightRecord] | None = None,
     seconds: float | None = None,
@@ -166,6 +170,7 @@ def make_report(
         ignore=plan.ignore,
         weights=tuple(records),
         memory=memory,
+        backend=None if plan.scheme is None else f"{backend.name}: {backend.detail}",
         seconds=seconds,
         calibration=calibration,
     )

@@ -5,29 +5,34 @@ not from memory, workers or processes: that is why any of these gives the same b
 items stays valid when they change.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama4_quant.checkpoint.buffers import PAGE_BYTES
 from llama4_quant.checkpoint.layout import parse_size
 from llama4_quant.checkpoint.meta_names import Split
 from llama4_quant.errors import UsageError
 from llama4_quant.plan import SOURCE_DTYPES, Decision, Plan, TensorPlan
+from llama4_quant.quantizers.backend import Backend
+from llama4_quant.quantizers.compiled import compiled_scratch
 from llama4_quant.quantizers.lanes import CHUNK_ELEMENTS, rows_per_scale
-from llama4_quant.scheme import FP8_BLOCK_SIZE, WeightScheme, WeightType
+from llama4_quant.quantizers.packed import code_bytes
+from llama4_quant.scheme import FP8_BLOCK_SIZE, WeightType
 
 CHUNK_BYTES = 128 * 2**20
 """Source bytes of an item that is a chunk of rows, at most (one block of 128 rows may be more)."""
 
-BASE_BYTES = 96 * 2**20
+BASE_BYTES = 80 * 2**20
 """What a conversion holds besides its workers: modules that only it imports, threads, and slack of the allocator."""
 BYTES_PER_DECISION = 6 * 2**10
 """Plan, layout, journal, report and manifest, per weight; measured on the plan of Maverick."""
 BYTES_PER_RANK_PART = 2 * 2**10
 """The same for each part of a weight in Meta's layout, codes and scales of each rank counted apart; also Maverick."""
 SCRATCH_BYTES_PER_ELEMENT = 44
-"""Quantizing and measuring work on chunks of rows: five float32 and three float64 values per element at most."""
+"""The plain quantizers work on chunks of rows: five float32 and three float64 values per element at most."""
 WORKER_SLACK_BYTES = 24 * 2**20
 """Freed blocks that the allocator of a thread keeps."""
 
@@ -117,14 +122,29 @@ def item_decisions(tensor: TensorPlan, item: WorkItem) -> tuple[Decision, ...]:
     return tensor.decisions[item.expert * parts : (item.expert + 1) * parts]
 
 
+def buffer_sizes(plan: Plan, items: Sequence[WorkItem], backend: Backend) -> tuple[int, int]:
+    """Bytes of the buffers that a worker reuses: for source bytes, and for codes and a page to move them in.
+
+    The plain backend makes its own memory for codes.
+    """
+    source_bytes = max(item.num_bytes for item in items)
+    codes_bytes = max(_codes_bytes(plan.tensors[item.tensor], item) for item in items)
+    return source_bytes, PAGE_BYTES + (0 if backend.library is None else codes_bytes)
+
+
 def plan_memory(
-    plan: Plan, items: Sequence[WorkItem], max_memory: int | str | None = None, workers: int | None = None
+    plan: Plan,
+    items: Sequence[WorkItem],
+    backend: Backend,
+    max_memory: int | str | None = None,
+    workers: int | None = None,
 ) -> MemoryUse:
     """Choose the number of workers so that memory suffices.
 
     Args:
         plan: what is to be done.
         items: its items.
+        backend: what quantizes.
         max_memory: bytes, or a size such as "2GiB"; default: a quarter of what this machine gives to the process.
         workers: at most so many; default: one for each core.
 
@@ -136,7 +156,8 @@ def plan_memory(
     limit = machine_memory() // 4 if max_memory is None else parse_size(max_memory)
     num_rank_parts = sum(len(decision.outputs) for decision in plan.decisions if decision.spread is not None)
     base = BASE_BYTES + BYTES_PER_DECISION * len(plan.decisions) + BYTES_PER_RANK_PART * num_rank_parts
-    per_worker = max(_item_memory(plan.tensors[item.tensor], item) for item in items)
+    results = max(_results_memory(plan.tensors[item.tensor], item, backend) for item in items)
+    per_worker = sum(buffer_sizes(plan, items, backend)) + results + WORKER_SLACK_BYTES
     wanted = min(len(items), workers or len(os.sched_getaffinity(0)))
     smallest = base + per_worker
     if smallest > limit:
@@ -165,32 +186,36 @@ def machine_memory() -> int:
     return min(limits)
 
 
-def _item_memory(tensor: TensorPlan, item: WorkItem) -> int:
-    """The input buffer, the results of one decision at a time, and scratch."""
-    elements = item.num_bytes // SOURCE_DTYPES[tensor.dtype]
-    decisions = item_decisions(tensor, item)
-    results = max(_result_memory(tensor, decision, elements // len(decisions)) for decision in decisions)
-    return item.num_bytes + results + WORKER_SLACK_BYTES
+def _codes_bytes(tensor: TensorPlan, item: WorkItem) -> int:
+    """The largest codes of one weight in an item."""
+    return max(
+        code_bytes((_num_rows(item, decision), decision.shape[1]), decision.scheme) if decision.scheme else 0
+        for decision in item_decisions(tensor, item)
+    )
 
 
-def _result_memory(tensor: TensorPlan, decision: Decision, elements: int) -> int:
+def _num_rows(item: WorkItem, decision: Decision) -> int:
+    """Rows [out] of a weight that an item has: all of an expert's, else a chunk."""
+    return decision.shape[0] if item.expert is not None else item.stop - item.start
+
+
+def _results_memory(tensor: TensorPlan, item: WorkItem, backend: Backend) -> int:
+    """What is held beside the buffers: the results of one decision at a time, and scratch."""
+    return max(_result_memory(tensor, item, decision, backend) for decision in item_decisions(tensor, item))
+
+
+def _result_memory(tensor: TensorPlan, item: WorkItem, decision: Decision, backend: Backend) -> int:
     if decision.scheme is None:
+        elements = item.num_bytes // SOURCE_DTYPES[tensor.dtype] // len(item_decisions(tensor, item))
         is_view = tensor.dtype == "BF16" and len(tensor.spec.shape) != 3 and decision.spread is None
         return (0 if is_view else 2 * elements) + SCRATCH_BYTES_PER_ELEMENT * min(elements, CHUNK_ELEMENTS)
-    in_features = decision.shape[1]
+    num_rows, in_features = _num_rows(item, decision), decision.shape[1]
+    elements = num_rows * in_features
     is_transposed = decision.fused or decision.spread is not None
     transposed = elements if is_transposed else 0  # codes of a byte each, as they are stored
-    encoded = _encoded_memory(decision.scheme, elements, in_features)
-    return encoded + transposed + _scratch_memory(decision.scheme, in_features)
-
-
-def _encoded_memory(scheme: WeightScheme, elements: int, in_features: int) -> int:
-    """Codes of a byte each, packed codes, and scales in float32 and as stored."""
-    num_rows = -(-elements // in_features)
-    scale_rows, scale_columns = scheme.scale_shape(num_rows, in_features)
-    packed = num_rows * -(-in_features // 8) * 4 if scheme.type is WeightType.INT4 else 0
-    return elements + packed + 12 * scale_rows * scale_columns
-
-
-def _scratch_memory(scheme: WeightScheme, in_features: int) -> int:
-    return SCRATCH_BYTES_PER_ELEMENT * max(CHUNK_ELEMENTS, rows_per_scale(scheme) * in_features)
+    scales = 12 * math.prod(decision.scheme.scale_shape(num_rows, in_features))  # in float32, and as they are stored
+    if backend.library is not None:
+        return transposed + scales + compiled_scratch(num_rows, in_features, decision.scheme)
+    packed = code_bytes((num_rows, in_features), decision.scheme) if decision.scheme.type is WeightType.INT4 else 0
+    rows_in_hand = max(CHUNK_ELEMENTS, rows_per_scale(decision.scheme) * in_features)
+    return elements + packed + transposed + scales + SCRATCH_BYTES_PER_ELEMENT * rows_in_hand

@@ -1,4 +1,4 @@
-"""Threads that do independent items, each with one buffer of its own; stopping lets them finish the items in hand.
+"""Threads that do independent items, each with buffers of its own; stopping lets them finish the items in hand.
 
 Threads suffice, and share memory: torch, file reads and writes, and SHA-256 all release the interpreter's lock.
 """
@@ -13,23 +13,24 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
+B = TypeVar("B")
 
-SECONDS_BETWEEN_PAUSES = 5.0
+SECONDS_BETWEEN_PAUSES = 1.0
 
 
-class Workers(Generic[T]):
+class Workers(Generic[T, B]):
     """Does items on some threads, in their order."""
 
     def __init__(
-        self, items: Sequence[T], do: Callable[[T, torch.Tensor], None], *, num_workers: int, buffer_bytes: int
+        self, items: Sequence[T], do: Callable[[T, B], None], *, num_workers: int, new_buffers: Callable[[], B]
     ) -> None:
         """Nothing is started before `run`.
 
         Args:
             items: what to do.
-            do: does one of them; the tensor is uint8 memory that the thread reuses for each of its items.
+            do: does one of them, in buffers that the thread reuses for each of its items.
             num_workers: number of threads. The cores that torch would use are shared out among them.
-            buffer_bytes: size of each thread's buffer.
+            new_buffers: makes the buffers of a thread; called in that thread.
         """
         self._todo: queue.SimpleQueue[T] = queue.SimpleQueue()
         for item in items:
@@ -37,7 +38,7 @@ class Workers(Generic[T]):
         self._num_items = len(items)
         self._do = do
         self._num_workers = min(num_workers, len(items))
-        self._buffer_bytes = buffer_bytes
+        self._new_buffers = new_buffers
         self._stop = threading.Event()
         self._next_pause = 0.0
         self._done: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
@@ -49,7 +50,7 @@ class Workers(Generic[T]):
         first.
 
         Args:
-            pause: called by the waiting thread every few seconds.
+            pause: called by the waiting thread about every second.
             stopping: called if this ends early, before the items in hand are waited for: what they wait for themselves
                 should fail then.
 
@@ -94,10 +95,10 @@ class Workers(Generic[T]):
     def _work(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)  # of this thread's parallel regions
         try:
-            buffer = torch.empty(self._buffer_bytes, dtype=torch.uint8)
+            buffers = self._new_buffers()
             while not self._stop.is_set():
                 item = self._todo.get_nowait()
-                self._do(item, buffer)
+                self._do(item, buffers)
                 self._done.put(item)
         except queue.Empty:
             return

@@ -25,9 +25,11 @@ from llama4_quant.errors import (
 )
 from llama4_quant.formats import compressed_tensors
 from llama4_quant.inspect import inspect
+from llama4_quant.quantizers.backend import ENVIRONMENT_VARIABLE, Backend, BackendName, choose_backend
+from llama4_quant.quantizers.packed import PackedWeight
 from llama4_quant.quantizers.quantize import dequantize_weight, quantize_weight
 from llama4_quant.runtime.loader import _placement as placement
-from llama4_quant.scheme import Scheme, preset
+from llama4_quant.scheme import Scheme, WeightScheme, preset
 
 ALL_ROLES = ("attention", "lm-head", "vision", "projector")
 SCHEMES = {
@@ -96,6 +98,34 @@ def test_loaded_bf16_model_holds_the_source(source: Path) -> None:
         assert torch.equal(model.linear_target(linear)["weight"], as_out_in(tensors, linear)), linear.name
     for name, target in model.plain_targets().items():
         assert torch.equal(target, tensors[name]), name
+
+
+@pytest.mark.parametrize("name", [BackendName.AUTO, BackendName.PLAIN])
+def test_the_report_names_what_quantized(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: BackendName
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, name)
+    chosen = choose_backend()
+    report = convert(source, tmp_path / "out")
+    assert report.backend == dry_run(source).backend == f"{chosen.name}: {chosen.detail}"
+    assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["backend"] == report.backend
+    assert convert(source, tmp_path / "bf16", format="bf16").backend is None
+
+
+def test_a_worker_writes_all_its_codes_to_the_same_memory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    real = Backend.quantize
+
+    def spy(self: Backend, weight: torch.Tensor, scheme: WeightScheme, out: torch.Tensor | None = None) -> PackedWeight:
+        assert out is not None
+        used.append(out.data_ptr())
+        return real(self, weight, scheme, out)
+
+    monkeypatch.setattr(Backend, "quantize", spy)
+    report = convert(source, tmp_path / "out", workers=2)
+    assert len(set(used)) <= report.memory.num_workers < len(used)
 
 
 def test_shard_size_does_not_change_tensors(source: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Peak memory of a conversion against its cap, for a checkpoint with one huge tensor of experts.
 
     python tests/benchmarks/memory.py                       # [128, 5120, 16384] in BF16: 21.5 GB, in a sparse file
-    python tests/benchmarks/memory.py --caps 1GiB 2GiB --scheme FP8_DYNAMIC --output memory.json
+    python tests/benchmarks/memory.py --caps 1GiB 2GiB --workers 1 2 --schemes W4A16 FP8_DYNAMIC --output memory.json
 
 The source is a sparse file: it takes no room, and reads as zeros. The output is real: about 9 GB for W4A16 and 17 GB
 for FP8. Every conversion runs in a process of its own, and its peak resident memory (VmHWM) is taken over what the
@@ -9,21 +9,18 @@ process had after importing torch. All files are deleted.
 """
 
 import argparse
+import itertools
 import json
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from synthetic import circumstances, layer_config, make_checkpoint
 
-from llama4_quant.architecture import Llama4Config, tensor_specs
-from llama4_quant.checkpoint.header import encode_header
-
+ROOT = Path(__file__).parents[2]
 CHILD = """
 import json, re, sys
 from pathlib import Path
@@ -51,42 +48,30 @@ print(json.dumps({
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
     """One MoE layer, and as little else as the architecture allows (Meta's layout: as the format allows)."""
-    hidden, is_meta = options.hidden, options.format == "meta-fp8"
-    return {
-        "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "vocab_size": 128, "hidden_size": hidden,
-        "intermediate_size": options.intermediate, "intermediate_size_mlp": options.intermediate,
-        "num_hidden_layers": 3 if is_meta else 1, "interleave_moe_layer_step": 2 if is_meta else 1,
-        "num_attention_heads": hidden // 128 if is_meta else 2, "num_key_value_heads": hidden // 128 if is_meta else 1,
-        "head_dim": 128, "num_local_experts": options.experts, "num_experts_per_tok": 1, "attention_chunk_size": 8192,
-        "use_qk_norm": True, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192,
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "floor_scale": 8192, "attn_scale": 0.1,
-        "attn_temperature_tuning": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
+    if options.format != "meta-fp8":
+        return layer_config(options.experts, options.hidden, options.intermediate)
+    heads = options.hidden // 128
+    config = layer_config(options.experts, options.hidden, options.intermediate, heads=(heads, heads))
+    return config | {"num_hidden_layers": 3, "interleave_moe_layer_step": 2}
 
 
-def make_sparse(folder: Path, config: dict[str, Any]) -> int:
-    """A checkpoint of zeros that takes no room; returns the bytes of its largest tensor."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    specs = tensor_specs(Llama4Config.from_dict(config))
-    header = encode_header((spec.name, torch.bfloat16, spec.shape, 2 * spec.num_weights) for spec in specs)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + sum(2 * spec.num_weights for spec in specs))
-    return max(2 * spec.num_weights for spec in specs)
-
-
-def measure(source: Path, out: Path, options: argparse.Namespace, cap: str) -> dict[str, Any]:
+def measure(
+    source: Path, out: Path, options: argparse.Namespace, scheme: str, cap: str, workers: int
+) -> dict[str, Any]:
     """Convert in a process of its own."""
-    arguments = [source, out, options.scheme, options.observer, options.format, cap, options.workers]
+    arguments = map(str, [source, out, scheme, options.observer, options.format, cap, workers])
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, *map(str, arguments)], check=False, capture_output=True, text=True
+        [sys.executable, "-c", CHILD, *arguments], cwd=ROOT, check=False, capture_output=True, text=True
     )
     shutil.rmtree(out, ignore_errors=True)
     if done.returncode != 0:
         sys.exit(done.stderr)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
+    return {
+        "scheme": scheme,
+        "observer": options.observer,
+        "format": options.format,
+        **json.loads(done.stdout.splitlines()[-1]),
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -94,11 +79,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--intermediate", type=int, default=8192)
-    parser.add_argument("--scheme", default="W4A16")
+    parser.add_argument("--schemes", nargs="+", default=["W4A16"])
     parser.add_argument("--observer", default="absmax")
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("--caps", nargs="+", default=["smallest", "1GiB", "2GiB"])
-    parser.add_argument("--workers", type=int, default=0, help="0: one for each core")
+    parser.add_argument("--workers", nargs="+", type=int, default=[0], help="0: one for each core")
     parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     return parser.parse_args()
@@ -108,28 +93,29 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="llama4-quant-memory-") as name:
         source, out = Path(name) / "source", Path(name) / "out"
-        largest = make_sparse(source, config_of(options))
-        print(f"largest tensor {largest / 1e9:.1f} GB; {options.scheme}, {options.observer}; {cpu_name()}")
-        print(f"{'cap MiB':>9} {'predicted MiB':>14} {'measured MiB':>13} {'workers':>8} {'seconds':>8}")
+        config = config_of(options)
+        layout = make_checkpoint(source, config, sparse=True)
+        largest = max(placement.tensor.nbytes for placement in layout.placements.values())
+        stamp = circumstances()
+        print(f"largest tensor {largest / 1e9:.1f} GB; {stamp['processor']}, load {stamp['load']}")
+        print(f"{'':18} {'workers':>8} {'cap MiB':>8} {'predicted':>9} {'measured':>9} {'ratio':>6} {'seconds':>8}")
         rows = []
-        for cap in options.caps:
-            row = measure(source, out, options, cap)
+        for scheme, workers, cap in itertools.product(options.schemes, options.workers, options.caps):
+            row = measure(source, out, options, scheme, cap, workers)
             rows.append(row)
-            sizes = [row[key] / 2**20 for key in ("cap_bytes", "predicted_bytes", "peak_bytes")]
-            print(
-                f"{sizes[0]:9.0f} {sizes[1]:14.0f} {sizes[2]:13.0f} {row['workers']:8} {row['seconds']:8.1f}",
-                flush=True,
-            )
+            show(row)
     if options.output is not None:
-        facts = {"largest_tensor_bytes": largest, "scheme": options.scheme, "observer": options.observer}
-        stamp = {"when": time.strftime("%Y-%m-%d"), "machine": cpu_name(), "torch": torch.__version__}
-        options.output.write_text(json.dumps({**stamp, **facts, "rows": rows}, indent=1) + "\n")
+        options.output.write_text(json.dumps({**stamp, "largest_tensor_bytes": largest, "rows": rows}, indent=1) + "\n")
 
 
-def cpu_name() -> str:
-    """The processor, as Linux calls it."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else "unknown processor"
+def show(row: dict[str, Any]) -> None:
+    """A line of the table."""
+    cap, predicted, peak = (row[key] / 2**20 for key in ("cap_bytes", "predicted_bytes", "peak_bytes"))
+    print(
+        f"{row['scheme']:11} {row['observer']:6} {row['workers']:8} {cap:8.0f} {predicted:9.0f} {peak:9.0f} "
+        f"{predicted / peak:6.2f} {row['seconds']:8.1f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
