@@ -295,7 +295,8 @@ class LayerPass:
         return self._weights.original(name)
 
     def _bias(self, name: str) -> Tensor | None:
-        return self._kept(f"{name}.bias") if self._maths.config.attention_bias else None
+        has_bias = self._maths.config.attention_bias and ".self_attn." in name
+        return self._kept(f"{name}.bias") if has_bias else None
 
     def _both(self, streams: Streams, rows: slice, change: Callable[[Tensor], Tensor] = lambda x: x) -> Inputs:
         quantized = change(streams.quantized.read(rows))
