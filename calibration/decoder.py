@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from llama4_quant.config import TextConfig
 from llama4_quant.ops.reference import round_activations_fp8
-from llama4_quant.runtime.attention import Attention, TextAttention
+from llama4_quant.runtime.attention import Attention, Step, TextAttention
+from llama4_quant.runtime.cache import CacheScales
 from llama4_quant.runtime.linear import Builder
 from llama4_quant.runtime.rope import TextRotary
 from llama4_quant.runtime.text import make_step
@@ -38,20 +39,28 @@ class DecoderMath:
         """RMSNorm in float32: [..., H] -> [..., H]."""
         return functional.rms_norm(x, gain_H.shape, gain_H, self.config.rms_norm_eps)
 
-    def context(self, layer: int, projected: Sequence[Tensor], length: int) -> Tensor:
+    def context(
+        self, layer: int, projected: Sequence[Tensor], length: int, scales: CacheScales | None = None
+    ) -> Tensor:
         """Attention: queries, keys and values [R, ...] -> [R, heads * D].
 
         Args:
             layer: its number.
             projected: queries, keys and values of whole sequences, one after the other.
             length: tokens of each sequence.
+            scales: of an FP8 KV cache.
         """
-        num_sequences = len(projected[0]) // length
-        step = make_step(
-            self.config, self._rotary, new=length, past=0, padding=(0,) * num_sequences, device=self._device
-        )
-        q, k, v = (rows.view(num_sequences, length, -1) for rows in projected)
-        return self._attention[layer].context(q, k, v, step, None).flatten(0, 1)
+        q, k, v = (rows.view(-1, length, rows.shape[-1]) for rows in projected)
+        return self._attention[layer].context(q, k, v, self._step(len(q), length), None, scales).flatten(0, 1)
+
+    def cached(self, layer: int, projected: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, ...] as they are cached, [sequences, length, heads, D]; `length` as for `context`."""
+        k, v = (rows.view(-1, length, rows.shape[-1]) for rows in projected)
+        return self._attention[layer].cached(k, v, self._step(len(k), length))
+
+    def _step(self, num_sequences: int, length: int) -> Step:
+        padding = (0,) * num_sequences
+        return make_step(self.config, self._rotary, new=length, past=0, padding=padding, device=self._device)
 
     def route(self, hidden_RH: Tensor, router_EH: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [R, E] and the experts that are chosen [R, k]."""

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llama4_quant.calibration.cache_scales import CacheCalibration, largest_magnitudes, scales_of
 from llama4_quant.calibration.decoder import DecoderMath, as_quantized_inputs, fast_matmul, swiglu
 from llama4_quant.calibration.hessian import Moments
+from llama4_quant.calibration.records import CacheScaleRecord
 from llama4_quant.calibration.routing import Coverage, ExpertRows, Routing
 from llama4_quant.calibration.rows import RowFile, row_chunks
 from llama4_quant.calibration.streams import Sequences, StreamFiles, Streams
@@ -45,6 +47,7 @@ class LayerPass:
         files: StreamFiles,
         sequences: Sequences,
         coverage: Coverage,
+        cache: CacheCalibration,
         done: Callable[[str, int], None],
     ) -> None:
         """Nothing is read yet.
@@ -57,11 +60,13 @@ class LayerPass:
             files: for hidden states and what lives within a layer.
             sequences: where samples lie.
             coverage: what to do about experts that see few rows.
+            cache: scales of an FP8 KV cache, if the conversion has one.
             done: called with a weight's name and the source bytes that are done now.
         """
         self._layer, self._base = layer, base
         self._maths, self._weights, self._files = maths, weights, files
-        self._sequences, self._coverage, self._done = sequences, coverage, done
+        self._sequences, self._coverage, self._cache, self._done = sequences, coverage, cache, done
+        self.cache: CacheScaleRecord | None = None
         self.rows_per_expert: tuple[int, ...] = ()
         self.rerouted: float | None = None
 
@@ -88,6 +93,9 @@ class LayerPass:
 
         moments = self._moments(names[0], before.quantized.chunks(), normed)
         pairs = self._quantize(names, moments)
+        self.cache = self._cache.scales(
+            self._layer, lambda: self._cache_ranges(before, gain, [pairs[name] for name in names[1:]], biases[1:])
+        )
         with self._scratch(before, "context", width) as context:
             for rows, length in self._sequences.batches(_ATTENTION_ROWS):
                 inputs = normed(rows)
@@ -98,8 +106,25 @@ class LayerPass:
                             functional.linear(x_RK, getattr(pairs[name], side), bias)
                             for name, bias in zip(names, biases, strict=True)
                         ]
-                        file.write(rows, self._maths.context(self._layer, projected, length))
+                        scales = scales_of(self.cache) if side == "stored" else None
+                        file.write(rows, self._maths.context(self._layer, projected, length, scales))
             self._write_to_residual(f"{self._base}.self_attn.o_proj", context, before, after)
+
+    def _cache_ranges(
+        self, before: Streams, gain: Tensor, pairs: Sequence[Pair], biases: Sequence[Tensor | None]
+    ) -> tuple[float, float]:
+        """Largest magnitudes of the quantized model's keys and values, as they are cached, over all tokens."""
+        name = f"{self._base}.self_attn.k_proj"
+        largest: list[Tensor] = []
+        for rows, length in self._sequences.batches(_ATTENTION_ROWS):
+            x_RH = self._as_inputs(name, self._maths.norm(before.quantized.read(rows), gain), "stored")
+            with fast_matmul(x_RH.device):
+                projected = [
+                    functional.linear(x_RH, pair.stored, bias) for pair, bias in zip(pairs, biases, strict=True)
+                ]
+            largest.append(largest_magnitudes(self._maths.cached(self._layer, projected, length)))
+        key, value = torch.stack(largest).amax(dim=0).tolist()
+        return key, value
 
     # Dense feed-forward ----------------------------------------------------------------------------------------------
 
@@ -295,7 +320,8 @@ class LayerPass:
         return self._weights.original(name)
 
     def _bias(self, name: str) -> Tensor | None:
-        return self._kept(f"{name}.bias") if self._maths.config.attention_bias else None
+        has_bias = self._maths.config.attention_bias and ".self_attn." in name
+        return self._kept(f"{name}.bias") if has_bias else None
 
     def _both(self, streams: Streams, rows: slice, change: Callable[[Tensor], Tensor] = lambda x: x) -> Inputs:
         quantized = change(streams.quantized.read(rows))

@@ -30,6 +30,21 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CacheScaleRecord:
+    """The FP8 KV cache of one layer.
+
+    Attributes:
+        k_scale, v_scale: as they are stored.
+        largest_key, largest_value: largest magnitudes over all calibration tokens, as they are cached.
+    """
+
+    k_scale: float
+    v_scale: float
+    largest_key: float
+    largest_value: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRecord:
     """One decoder layer of the running quantized model.
 
@@ -40,6 +55,7 @@ class LayerRecord:
             None if the original model did not run beside.
         sqnr_db: the same as a signal to noise ratio in dB.
         rerouted: the part of tokens whose experts differ from the original model's; None as above, or without experts.
+        cache: of an FP8 KV cache; None without.
     """
 
     layer: int
@@ -47,11 +63,19 @@ class LayerRecord:
     relative_error: float | None = None
     sqnr_db: float | None = None
     rerouted: float | None = None
+    cache: CacheScaleRecord | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "LayerRecord":
         """The inverse of `dataclasses.asdict`, once the data went through JSON."""
-        return cls(**{**content, "rows_per_expert": tuple(content["rows_per_expert"])})
+        cache = content.get("cache")
+        return cls(
+            **{
+                **content,
+                "rows_per_expert": tuple(content["rows_per_expert"]),
+                "cache": None if cache is None else CacheScaleRecord(**cache),
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

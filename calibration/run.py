@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from llama4_quant.calibration.cache_scales import CacheCalibration
 from llama4_quant.calibration.corpus import Corpus, open_corpus
 from llama4_quant.calibration.embed import write_embeddings
 from llama4_quant.calibration.records import CalibrationReport, LayerRecord
@@ -45,6 +46,7 @@ class PreparedCalibration:
             "solver": str(settings.solver),
             "min_tokens_per_expert": settings.min_tokens_per_expert,
             "device": settings.device,
+            "kv_cache_scheme": settings.kv_cache_scheme,
             "data": self.corpus.description.fingerprint,
         }
 
@@ -84,7 +86,8 @@ class PreparedCalibration:
             device=device,
         )
         sequences = Sequences(lengths=self.lengths)
-        passing = SequentialPass(plan.config, weights, writer.scratch, self.settings.solver, done)
+        cache = CacheCalibration(plan, items, writer)
+        passing = SequentialPass(plan.config, weights, cache, writer.scratch, self.settings.solver, done)
         with torch.inference_mode():
             layers = passing.run(
                 sequences, lambda streams: write_embeddings(streams, self.corpus, plan, reader, writer)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llama4_quant.architecture import Role
+from llama4_quant.calibration.cache_scales import CacheCalibration
 from llama4_quant.calibration.decoder import DecoderMath
 from llama4_quant.calibration.layer import LayerPass
 from llama4_quant.calibration.records import LayerRecord
@@ -47,6 +48,7 @@ class SequentialPass:
         self,
         config: Llama4Config,
         weights: Weights,
+        cache: CacheCalibration,
         folder: Path,
         settings: SolverSettings,
         done: Callable[[str, int], None],
@@ -56,11 +58,12 @@ class SequentialPass:
         Args:
             config: the model.
             weights: the conversion's weights.
+            cache: scales of its KV cache.
             folder: for hidden states; what an interrupted run left there is used.
             settings: how weights are solved.
             done: called with a weight's name and the source bytes that are done now.
         """
-        self._config, self._weights, self._folder = config, weights, folder
+        self._config, self._weights, self._cache, self._folder = config, weights, cache, folder
         self._settings, self._done = settings, done
 
     def run(self, sequences: Sequences, embed: Callable[[Streams], None]) -> tuple[LayerRecord, ...]:
@@ -90,6 +93,7 @@ class SequentialPass:
                 files=files,
                 sequences=sequences,
                 coverage=Coverage(width=text.hidden_size),
+                cache=self._cache,
                 done=self._done,
             )
             position = self._run_layer(layer, files, position)
@@ -105,9 +109,11 @@ class SequentialPass:
                 relative_error=relative_error,
                 sqnr_db=sqnr_db,
                 rerouted=layer.rerouted,
+                cache=layer.cache,
             )
             for file in after.both():
                 file.sync()
+        self._weights.sync()  # before state.json says that the layer is done
         reached = Position(layer=position.layer + 1, records=(*position.records, record))
         files.advance(reached)
         return reached

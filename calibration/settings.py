@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from llama4_quant.calibration.corpus import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES, CalibrationSettings
 from llama4_quant.errors import UsageError
+from llama4_quant.scheme import KVCacheScheme
 
 
 class Algorithm(StrEnum):
@@ -56,6 +57,7 @@ class Calibration:
         min_tokens_per_expert: draw further samples until every expert has as many rows, where the data suffices.
         device: where the arithmetic is done.
         solver: what the algorithm stands for.
+        kv_cache_scheme: also find scales of such a KV cache.
     """
 
     algorithm: Algorithm
@@ -63,6 +65,7 @@ class Calibration:
     min_tokens_per_expert: int
     device: str
     solver: SolverSettings
+    kv_cache_scheme: KVCacheScheme | None = None
 
 
 def make_calibration(
@@ -76,6 +79,7 @@ def make_calibration(
     min_tokens_per_expert: int = 0,
     damp_percent: float | None = None,
     device: str = "cpu",
+    kv_cache_scheme: str | None = None,
 ) -> Calibration | None:
     """Settings for `convert(..., calibration=...)`.
 
@@ -89,14 +93,21 @@ def make_calibration(
         min_tokens_per_expert: draw further samples until every expert has seen as many tokens, where the data suffices.
         damp_percent: added to the Hessians' diagonals, as a part of their mean; default: the algorithm's.
         device: where the arithmetic is done: "cpu", "cuda", ...
+        kv_cache_scheme: "fp8": also find scales of an FP8 KV cache, for the keys and the values of each layer.
 
     Raises:
+        SchemeError: unknown KV-cache scheme.
         UsageError: unknown algorithm, or a number that makes no sense.
     """
-    known = parse_algorithm(algorithm)
+    known, cache = parse_algorithm(algorithm), KVCacheScheme.parse(kv_cache_scheme)
     if known is Algorithm.RTN:
         if data or min_tokens_per_expert:
             raise UsageError("rtn rounds to nearest and uses no calibration data; choose gptq or best")
+        if cache is not None:
+            raise UsageError(
+                f"--kv-cache-scheme {cache}: its scales come from calibration data, and rtn uses none; choose "
+                "--algorithm gptq or best, or give --calibration"
+            )
         return None
     solver = _SOLVERS[known]
     if damp_percent is not None:
@@ -114,6 +125,7 @@ def make_calibration(
         min_tokens_per_expert=min_tokens_per_expert,
         device=device,
         solver=solver,
+        kv_cache_scheme=cache,
     )
 
 

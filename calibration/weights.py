@@ -74,6 +74,10 @@ class Weights:
         """What the plan says about a weight."""
         return self._decisions[name]
 
+    def sync(self) -> None:
+        """Bring to the disk what has been written of the output."""
+        self._writer.sync()
+
     def original(self, name: str) -> Tensor:
         """A weight, norm or bias of the source, equalized, float32; [out, in] for linear weights."""
         decision = self._decisions[name]

@@ -118,7 +118,8 @@ def convert_command(
         "workers": workers,
     }
     if is_dry_run:
-        planned = dry_run(source, config_only=config_only, **chosen)
+        kv_cache_scheme = None if calibration is None else calibration.kv_cache_scheme
+        planned = dry_run(source, config_only=config_only, kv_cache_scheme=kv_cache_scheme, **chosen)
         if save_plan is not None:
             save_plan.write_text(json.dumps(planned.to_json(), indent=1) + "\n", encoding="utf-8")
         _show(planned, as_json=as_json)

@@ -10,7 +10,7 @@ from llama4_quant.calibration.corpus import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_
 from llama4_quant.calibration.settings import Algorithm, Calibration, make_calibration
 from llama4_quant.errors import UsageError
 from llama4_quant.formats.choice import DEFAULT_SCHEMES, choose_format
-from llama4_quant.scheme import INT4_GROUP_SIZES, Observer, Scheme, SchemeName, preset
+from llama4_quant.scheme import INT4_GROUP_SIZES, KVCacheScheme, Observer, Scheme, SchemeName, preset
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -90,6 +90,11 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Where calibration records have plain text.",
         ),
         click.option("--device", default="cpu", show_default=True, help="Where calibration computes: cpu, cuda, ..."),
+        click.option(
+            "--kv-cache-scheme",
+            type=click.Choice([scheme.value for scheme in KVCacheScheme]),
+            help="Also calibrate scales of an FP8 KV cache, for the keys and the values of each layer.",
+        ),
     ]
     return _chain(options)(command)
 
@@ -100,7 +105,7 @@ def calibration_for(settings: dict[str, Any]) -> Calibration | None:
     Raises:
         UsageError: data without an algorithm that uses it, or numbers that make no sense.
     """
-    names = ("algorithm", "data", "num_samples", "max_seq_length", "seed", "text_column", "device")
+    names = ("algorithm", "data", "num_samples", "max_seq_length", "seed", "text_column", "device", "kv_cache_scheme")
     chosen = {name: settings.pop(name) for name in names}
     algorithm = chosen.pop("algorithm") or (Algorithm.BEST if chosen["data"] else Algorithm.RTN)
     return make_calibration(algorithm, **chosen)

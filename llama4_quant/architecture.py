@@ -18,8 +18,8 @@ from enum import StrEnum
 from llama4_quant.config import Llama4Config, RopeScaling, TextConfig, VisionConfig
 
 __all__ = [
-    "LinearSpec", "Llama4Config", "Role", "RopeScaling", "TensorSpec", "TextConfig", "VisionConfig", "linear_specs",
-    "tensor_specs",
+    "LinearSpec", "Llama4Config", "Role", "RopeScaling", "TensorSpec", "TextConfig", "VisionConfig", "attention_names",
+    "linear_specs", "tensor_specs",
 ]  # fmt: skip
 
 
@@ -101,6 +101,11 @@ def tensor_specs(config: Llama4Config) -> tuple[TensorSpec, ...]:
 def linear_specs(config: Llama4Config) -> tuple[LinearSpec, ...]:
     """All linear weights, in the order of `tensor_specs`; routed experts one by one, gate before up."""
     return tuple(linear for tensor in tensor_specs(config) for linear in tensor.linears)
+
+
+def attention_names(config: Llama4Config) -> tuple[str, ...]:
+    """Module names of the attention of each decoder layer, which are those with a KV cache."""
+    return tuple(f"{config.prefix}model.layers.{layer}.self_attn" for layer in range(config.text.num_hidden_layers))
 
 
 def _linear(name: str, role: Role, layer: int | None, out_features: int, in_features: int) -> TensorSpec:

@@ -43,9 +43,9 @@ from llama4_quant.plan import Plan, make_plan
 from llama4_quant.quantizers.backend import choose_backend
 from llama4_quant.ranks import Rank
 from llama4_quant.report import REPORT_NAME, Report, make_report
-from llama4_quant.scheme import Scheme
+from llama4_quant.scheme import KVCacheScheme, Scheme
 from llama4_quant.stream import Progress
-from llama4_quant.work import WorkItem, plan_memory, work_items
+from llama4_quant.work import WorkItem, cache_items, plan_memory, work_items
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -60,6 +60,7 @@ def dry_run(
     model_parallel: int | None = None,
     max_memory: int | str | None = None,
     workers: int | None = None,
+    kv_cache_scheme: str | None = None,
 ) -> Report:
     """Say what `convert` would do, without reading a weight.
 
@@ -72,19 +73,21 @@ def dry_run(
         model_parallel: as for `convert`.
         max_memory: as for `convert`.
         workers: as for `convert`.
+        kv_cache_scheme: as for `make_calibration`.
 
     Raises:
         Llama4QuantError: as for `convert`.
     """
     storage, chosen = choose_format(format, scheme)
+    cache = KVCacheScheme.parse(kv_cache_scheme)
     if config_only:
         path = Path(source)
         config = Llama4Config.from_file(path / "config.json" if path.is_dir() else path)
-        plan = make_plan(config, chosen, format=storage, model_parallel=model_parallel)
+        plan = make_plan(config, chosen, format=storage, model_parallel=model_parallel, kv_cache_scheme=cache)
         output_config(plan)
         return _planned(plan, str(source), max_memory, workers)
     with open_headers(str(source), revision) as reader:
-        plan = _plan(reader, chosen, storage, model_parallel)
+        plan = _plan(reader, chosen, storage, model_parallel, cache)
         output_config(plan, reader)
         return _planned(plan, str(source), max_memory, workers)
 
@@ -166,7 +169,9 @@ def convert(
     with open_source(
         str(source), revision, download_to=_downloads(out, rank) if delete_source_shards else None
     ) as reader:
-        plan = _plan(reader, chosen, storage, model_parallel)
+        plan = _plan(
+            reader, chosen, storage, model_parallel, None if calibration is None else calibration.kv_cache_scheme
+        )
         config = output_config(plan, reader)
         items, backend = work_items(plan), choose_backend()
         memory = plan_memory(plan, items, backend, max_memory, workers)
@@ -206,7 +211,7 @@ def convert(
                 calibrating = prepared.run(plan, items, reader, writer, backend, progress)
             return _publish(
                 writer,
-                items=items,
+                items={item.id for item in items} | {*cache_items(plan, items)},
                 report=lambda: make_report(
                     plan,
                     str(source),
@@ -242,11 +247,16 @@ def _downloads(out: Path, rank: Rank) -> Path:
 
 
 def _plan(
-    reader: CheckpointReader, scheme: Scheme | None, storage: CheckpointFormat, model_parallel: int | None
+    reader: CheckpointReader,
+    scheme: Scheme | None,
+    storage: CheckpointFormat,
+    model_parallel: int | None,
+    kv_cache_scheme: KVCacheScheme | None,
 ) -> Plan:
     if storage is CheckpointFormat.META_FP8 and model_parallel is None and isinstance(reader, MetaReader):
         model_parallel = reader.num_ranks
-    return make_plan(Llama4Config.from_dict(reader.config), scheme, reader.tensors, storage, model_parallel)
+    config = Llama4Config.from_dict(reader.config)
+    return make_plan(config, scheme, reader.tensors, storage, model_parallel, kv_cache_scheme)
 
 
 def _layout(plan: Plan, max_shard_size: int) -> Layout:
@@ -273,7 +283,9 @@ def output_config(plan: Plan, reader: CheckpointReader | None = None) -> dict[st
         config["quantization_config"] = fbgemm_fp8.quantization_config(plan.ignore)
     elif plan.scheme is not None:
         heads = [d.name for d in plan.decisions if d.role is Role.LM_HEAD and d.scheme is not None]
-        config["quantization_config"] = compressed_tensors.quantization_config(plan.scheme, plan.ignore, heads)
+        config["quantization_config"] = compressed_tensors.quantization_config(
+            plan.scheme, plan.ignore, heads, plan.kv_cache_scheme
+        )
     return config
 
 
@@ -324,7 +336,7 @@ def _share(
 def _publish(
     writer: CheckpointWriter,
     *,
-    items: Sequence[WorkItem],
+    items: Collection[int],
     report: Callable[[], Report],
     config: dict[str, dict[str, Any]],
     copies: dict[str, Path],
@@ -335,7 +347,7 @@ def _publish(
         with writer.turn() as turn:
             if not turn.here:
                 return Report.from_json(read_json(writer.out / REPORT_NAME))
-            num_missing = len({item.id for item in items} - writer.records().keys())
+            num_missing = len(set(items) - writer.records().keys())
             if not num_missing:
                 made = report()
                 writer.finish({REPORT_NAME: made.to_json(), **config}, copies)

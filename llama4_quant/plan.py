@@ -11,14 +11,22 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from llama4_quant.architecture import LinearSpec, Llama4Config, Role, TensorSpec, linear_specs, tensor_specs
+from llama4_quant.architecture import (
+    LinearSpec,
+    Llama4Config,
+    Role,
+    TensorSpec,
+    attention_names,
+    linear_specs,
+    tensor_specs,
+)
 from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.layout import OutputTensor
 from llama4_quant.checkpoint.reader import TensorEntry
 from llama4_quant.errors import CheckpointError, SchemeError
 from llama4_quant.formats import bf16, compressed_tensors, fbgemm_fp8, meta_fp8
 from llama4_quant.formats.choice import CheckpointFormat
-from llama4_quant.scheme import Scheme, Strategy, WeightScheme
+from llama4_quant.scheme import KVCacheScheme, Scheme, Strategy, WeightScheme
 
 SOURCE_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
 """Dtypes a source weight may have, with bytes per element."""
@@ -52,6 +60,10 @@ _FBGEMM_NOTE = (
 _META_NOTE = (
     "meta-fp8: for Meta's own loader (llama-models, quantization mode fp8_mixed) with {} model-parallel rank{}; it "
     "does not run elsewhere, nor with another number of ranks"
+)
+_KV_CACHE_NOTE = (
+    "KV cache in FP8, scales in the checkpoint: vLLM then keeps one by itself (--kv-cache-dtype bfloat16 prevents it); "
+    "transformers and llama4-quant round keys and values alike, and save no memory"
 )
 _VLLM_FUSED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP)
 
@@ -117,6 +129,7 @@ class Plan:
     Attributes:
         notes: what a user should know about where the result can be loaded.
         model_parallel: in Meta's layout, the number of ranks.
+        kv_cache_scheme: the checkpoint has calibrated scales for such a cache; None: it has none.
     """
 
     config: Llama4Config
@@ -125,6 +138,7 @@ class Plan:
     notes: tuple[str, ...]
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS
     model_parallel: int | None = None
+    kv_cache_scheme: KVCacheScheme | None = None
 
     @property
     def label(self) -> str:
@@ -141,8 +155,16 @@ class Plan:
 
     @property
     def outputs(self) -> tuple[OutputTensor, ...]:
-        """Every tensor of the output, in order of the model."""
-        return tuple(dict.fromkeys(output for decision in self.decisions for output in decision.outputs))
+        """Every tensor of the output, in order of the model; then scales of the KV cache."""
+        weights = dict.fromkeys(output for decision in self.decisions for output in decision.outputs)
+        return (*weights, *(output for pair in self.cache_scales for output in pair))
+
+    @property
+    def cache_scales(self) -> tuple[tuple[OutputTensor, OutputTensor], ...]:
+        """By decoder layer, the scales of its keys and of its values; none without `kv_cache_scheme`."""
+        if self.kv_cache_scheme is None:
+            return ()
+        return tuple(map(compressed_tensors.cache_scale_tensors, attention_names(self.config)))
 
     @property
     def ignore(self) -> tuple[str, ...]:
@@ -158,6 +180,7 @@ def make_plan(
     entries: Mapping[str, TensorEntry] | None = None,
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,  # noqa: A002 - the flag's name
     model_parallel: int | None = None,
+    kv_cache_scheme: KVCacheScheme | None = None,
 ) -> Plan:
     """Decide about every weight.
 
@@ -168,13 +191,16 @@ def make_plan(
             nobody has looked at.
         format: how the output is stored; see `choose_format` for the schemes that go with it.
         model_parallel: for Meta's layout: the number of ranks; default: 8, or the largest of 4, 2, 1 that fits.
+        kv_cache_scheme: add scales of such a KV cache; for compressed-tensors.
 
     Raises:
         SchemeError: a role that the model lacks, a pattern that matches nothing, a weight that does not fit the scheme
-            or the ranks.
+            or the ranks, a KV-cache scheme that does not go with the format.
         CheckpointError: the source is quantized already, or its tensors are not the model's.
     """
     check_not_quantized(config)
+    if kv_cache_scheme is not None and format is not CheckpointFormat.COMPRESSED_TENSORS:
+        raise SchemeError(f"--format {format} has no place for scales of a KV cache; drop --kv-cache-scheme")
     specs = tensor_specs(config)
     if entries is not None:
         check_entries(specs, entries)
@@ -194,9 +220,10 @@ def make_plan(
         config=config,
         scheme=scheme,
         tensors=tensors,
-        notes=_notes(tensors, format, ranks),
+        notes=(*_notes(tensors, format, ranks), *([] if kv_cache_scheme is None else [_KV_CACHE_NOTE])),
         format=format,
         model_parallel=ranks,
+        kv_cache_scheme=kv_cache_scheme,
     )
     _check_experts_agree(plan)
     if scheme is not None and not any(decision.scheme for decision in plan.decisions):

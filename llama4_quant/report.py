@@ -164,7 +164,7 @@ def make_report(
         output=output,
         architecture=plan.config.architecture,
         scheme=plan.label,
-        totals=_totals(decisions),
+        totals=_totals(decisions, sum(output.nbytes for pair in plan.cache_scales for output in pair)),
         roles=_summarise(decisions),
         notes=plan.notes,
         ignore=plan.ignore,
@@ -201,8 +201,8 @@ def _calibration_record(content: Mapping[str, Any] | None) -> CalibrationRecord 
     return None if content is None else CalibrationRecord(**content)
 
 
-def _totals(decisions: Sequence[Decision]) -> Totals:
-    num_weights, bytes_out = sum(d.num_weights for d in decisions), sum(d.bytes_out for d in decisions)
+def _totals(decisions: Sequence[Decision], cache_bytes: int) -> Totals:
+    num_weights, bytes_out = sum(d.num_weights for d in decisions), sum(d.bytes_out for d in decisions) + cache_bytes
     quantized = [d for d in decisions if d.scheme is not None]
     num_quantized = sum(d.num_weights for d in quantized)
     return Totals(

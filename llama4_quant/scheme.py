@@ -94,6 +94,24 @@ class WeightScheme:
         )
 
 
+class KVCacheScheme(StrEnum):
+    """How serving keeps keys and values."""
+
+    FP8 = "fp8"
+    """e4m3fn, with one static scale for the keys of a layer and one for its values."""
+
+    @classmethod
+    def parse(cls, name: str | None) -> "KVCacheScheme | None":
+        """Look up a scheme by name; None is none.
+
+        Raises:
+            SchemeError: unknown; lists the known ones.
+        """
+        if name is not None and name not in set(cls):
+            raise SchemeError(f"unknown KV-cache scheme {name!r}; known schemes: {', '.join(cls)}")
+        return None if name is None else cls(name)
+
+
 SchemeLookup = Callable[[str], WeightScheme | None]
 """From a linear weight's name (`LinearSpec.name`) to how it is stored; None is unquantized."""
 

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-from llama4_quant.architecture import LinearSpec, Llama4Config, Role, TensorSpec, tensor_specs
+from llama4_quant.architecture import LinearSpec, Llama4Config, Role, TensorSpec, attention_names, tensor_specs
 from llama4_quant.checkpoint.json_files import shown
-from llama4_quant.checkpoint.reader import TensorEntry
+from llama4_quant.checkpoint.reader import CheckpointReader, TensorEntry
 from llama4_quant.errors import CheckpointError, ConfigError
 from llama4_quant.formats import compressed_tensors
 from llama4_quant.plan import some_tensors
 from llama4_quant.scheme import SchemeLookup, WeightScheme
 
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
-"""Scales of a quantized KV cache, which some checkpoints carry; the model computes without them."""
+"""Scales of a quantized KV cache or attention, which some checkpoints carry. Those that `cache_scale_names` does not
+name are not used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +64,35 @@ def quantized_weights(config: Llama4Config, entries: Mapping[str, TensorEntry]) 
     if unknown:
         raise CheckpointError(f"{some_tensors(unknown)} in the checkpoint, but not part of the model in config.json")
     return weights
+
+
+def cache_scale_names(config: Llama4Config, entries: Mapping[str, TensorEntry]) -> tuple[tuple[str, str], ...]:
+    """By decoder layer, the tensors with the scales of its FP8 keys and values; none without such a KV cache.
+
+    Raises:
+        ConfigError: a quantization_config that is not supported.
+        CheckpointError: a scale is missing, or is not one number.
+    """
+    section = quantization_section(config)
+    if section is None or not compressed_tensors.parse_quantization_config(section).fp8_cache:
+        return ()
+    names = [compressed_tensors.cache_scale_tensors(name) for name in attention_names(config)]
+    for output in (output for pair in names for output in pair):
+        found = entries.get(output.name)
+        _check_floats(output.name, () if found is not None and not found.shape else output.shape, entries)
+    return tuple((key.name, value.name) for key, value in names)
+
+
+def read_cache_scale(reader: CheckpointReader, name: str) -> float:
+    """One of the scales of `cache_scale_names`.
+
+    Raises:
+        CheckpointError: not a finite number over 0.
+    """
+    scale = float(reader.read(name).float().sum())  # of one element
+    if not 0 < scale < math.inf:
+        raise CheckpointError(f"{name}: the scale of a KV cache is {scale}, expected a finite number over 0")
+    return scale
 
 
 def quantization_section(config: Llama4Config) -> Mapping[str, object] | None:

@@ -12,6 +12,7 @@ Four questions, each only as deep as the ones before allow:
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -31,7 +32,13 @@ from llama4_quant.quantizers.lanes import rows_per_scale
 from llama4_quant.quantizers.quantize import QuantizedWeight
 from llama4_quant.report import REPORT_NAME
 from llama4_quant.scheme import FP8_BLOCK_SIZE
-from llama4_quant.stored import StoredWeight, quantization_section, quantized_weights
+from llama4_quant.stored import (
+    StoredWeight,
+    cache_scale_names,
+    quantization_section,
+    quantized_weights,
+    read_cache_scale,
+)
 from llama4_quant.stored_fused import expert_rows, fused_weights, is_fbgemm, is_fused, read_expert
 from llama4_quant.stream import Piece, Progress, read_pieces
 from llama4_quant.verification import (
@@ -115,6 +122,7 @@ class _HuggingFaceOutput:
     def check_values(self) -> Iterator[Problem]:
         for weight in self._weights:
             yield from _check_values(weight, self._reader)
+        yield from _check_cache_scales(self._reader)
 
     def compare(
         self, source: CheckpointReader, promised: Mapping[str, float], progress: Progress | None
@@ -154,6 +162,17 @@ def _check_values(weight: StoredWeight, reader: CheckpointReader) -> Iterator[Pr
                 return
         bad |= {name: None for name, part in rows.items() if part.is_floating_point() and not is_finite(part)}
     yield from (Problem(where=name, what="holds NaN or Inf") for name in bad)
+
+
+def _check_cache_scales(reader: CheckpointReader) -> Iterator[Problem]:
+    config = Llama4Config.from_dict(reader.config)
+    if is_fbgemm(config):
+        return
+    for name in chain.from_iterable(cache_scale_names(config, reader.tensors)):
+        try:
+            read_cache_scale(reader, name)
+        except CheckpointError as error:
+            yield Problem(where=name, what=str(error).removeprefix(f"{name}: "))
 
 
 def _row_ranges(weight: StoredWeight) -> Iterator[tuple[int, int]]:

@@ -114,6 +114,11 @@ def tensor_items(
     )
 
 
+def cache_items(plan: Plan, items: Sequence[WorkItem]) -> range:
+    """Numbers, in the journal, of the scales of each layer's KV cache: they follow those of the plan's items."""
+    return range(len(items), len(items) + len(plan.cache_scales))
+
+
 def item_decisions(tensor: TensorPlan, item: WorkItem) -> tuple[Decision, ...]:
     """The decisions that an item carries out, or a part of."""
     if item.expert is None:

@@ -8,6 +8,10 @@ A linear module `name` with a weight [N, K] (out, in) becomes
     FP8  (format float-quantized)    name.weight          e4m3fn [N, K]
                                      name.weight_scale    fp32   [N, 1] or [ceil(N/128), ceil(K/128)]
 
+Scales of an FP8 KV cache, per attention module `name`:
+
+                                     name.k_scale, name.v_scale    fp32   [1]
+
 Always one 2-D weight per module, experts too. What the model's config.json says about it is in quantization_config.py.
 """
 
@@ -33,6 +37,7 @@ from llama4_quant.scheme import WeightScheme, WeightType
 __all__ = [
     "EncodedRows",
     "ParsedQuantization",
+    "cache_scale_tensors",
     "decode",
     "encode",
     "encode_packed",
@@ -80,6 +85,12 @@ def output_tensors(name: str, shape: tuple[int, int], scheme: WeightScheme) -> t
         scale,
         OutputTensor(name=f"{name}.weight_shape", dtype=torch.int64, shape=(2,)),
     )
+
+
+def cache_scale_tensors(name: str) -> tuple[OutputTensor, OutputTensor]:
+    """The scales of an FP8 KV cache of the attention module `name`: of its keys, of its values."""
+    key, value = (OutputTensor(name=f"{name}.{kind}_scale", dtype=torch.float32, shape=(1,)) for kind in "kv")
+    return key, value
 
 
 def encode(name: str, quantized: QuantizedWeight) -> dict[str, Tensor]:

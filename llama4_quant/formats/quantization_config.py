@@ -18,6 +18,7 @@ from llama4_quant.formats.patterns import Patterns
 from llama4_quant.scheme import (
     FP8_BLOCK_SIZE,
     INT4_GROUP_SIZES,
+    KVCacheScheme,
     Observer,
     Scheme,
     SchemeName,
@@ -38,6 +39,8 @@ _FORMATS = {
     WeightType.INT4: ("pack-quantized",),
     WeightType.FP8: ("float-quantized", "naive-quantized"),  # two names for the same tensors
 }
+_FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+_CACHE_DEFAULTS = _FP8_CACHE | {"type": "int"}
 _FP8_ACTIVATIONS = {Strategy.CHANNEL: ("token", None), Strategy.BLOCK: ("group", FP8_BLOCK_SIZE)}
 
 
@@ -49,13 +52,21 @@ class ParsedQuantization:
         targets: scheme by target: a class name ("Linear"), a full module name, or a `re:` pattern.
         targeted: the targets, ready to be matched.
         ignored: modules left alone, spelled like targets.
-        kv_cache_scheme: settings of a quantized KV cache, kept as they were found; this project does not apply them.
+        kv_cache_scheme: settings of a quantized KV cache, kept as they were found.
     """
 
     targets: Mapping[str, WeightScheme]
     targeted: Patterns
     ignored: Patterns
     kv_cache_scheme: Mapping[str, Any] | None
+
+    @property
+    def fp8_cache(self) -> bool:
+        """Whether the KV cache is FP8 with one static scale each for keys and values; other schemes are not applied."""
+        found = self.kv_cache_scheme
+        if found is None:
+            return False
+        return all(found.get(name, default) == _FP8_CACHE[name] for name, default in _CACHE_DEFAULTS.items())
 
     def scheme_of(self, name: str) -> WeightScheme | None:
         """The scheme of the linear module `name`, or None if it is not quantized.
@@ -72,7 +83,9 @@ class ParsedQuantization:
         return self.targets.get(self.targeted.first_match(name) or LINEAR)
 
 
-def quantization_config(scheme: Scheme, ignore: Sequence[str], heads: Sequence[str] = ()) -> dict[str, Any]:
+def quantization_config(
+    scheme: Scheme, ignore: Sequence[str], heads: Sequence[str] = (), kv_cache_scheme: KVCacheScheme | None = None
+) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint whose linear modules all use `scheme`, but those in `ignore`.
 
     Args:
@@ -80,6 +93,7 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str], heads: Sequence[s
         ignore: full names of exactly the linear modules that are not quantized.
         heads: full names of quantized output heads. They are targets of their own: in vLLM a head is no Linear
             (but a ParallelLMHead), so the class name alone would not reach it.
+        kv_cache_scheme: of a KV cache whose scales are in the checkpoint.
     """
     storage = _FORMATS[scheme.weights.type][0]
     group = {
@@ -94,7 +108,7 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str], heads: Sequence[s
         "format": storage,
         "global_compression_ratio": None,
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_cache_scheme is None else _arguments(**_FP8_CACHE, observer="static_minmax"),
         "quant_method": QUANT_METHOD,
         "quantization_status": "compressed",
         "sparsity_config": {},

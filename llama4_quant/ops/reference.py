@@ -122,6 +122,12 @@ def round_activations_fp8(x: Tensor, *, group_size: int | None = None) -> Tensor
     return (codes.to(x.dtype) * scale).reshape(x.shape)
 
 
+def round_fp8(x: Tensor, scale: float) -> Tensor:
+    """Round to FP8 with one static scale and back, in x's dtype; what is beyond 448 scales saturates."""
+    codes = (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return codes.to(x.dtype) * scale
+
+
 def _is_per_channel(weight: Tensor, weight_scale: Tensor) -> bool:
     return weight_scale.shape == (weight.shape[0], 1)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llama4_quant.config import TextConfig
-from llama4_quant.runtime.cache import LayerCache, first_visible_column
+from llama4_quant.runtime.cache import CacheScales, LayerCache, first_visible_column
 from llama4_quant.runtime.linear import Builder
 from llama4_quant.runtime.rope import Rotation
 
@@ -174,7 +174,11 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> Tensor:
 
 
 class TextAttention(nn.Module):
-    """Attention of one decoder layer."""
+    """Attention of one decoder layer.
+
+    Attributes:
+        cache_scales: of an FP8 cache; None keeps keys and values as they are.
+    """
 
     def __init__(self, config: TextConfig, layer: int, builder: Builder, kind: Attention) -> None:
         super().__init__()
@@ -183,6 +187,7 @@ class TextAttention(nn.Module):
         self.norm_eps = config.rms_norm_eps
         self.head_dim = config.head_dim
         self.kind = kind
+        self.cache_scales: CacheScales | None = None
         hidden, bias = config.hidden_size, config.attention_bias
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = builder.linear("q_proj", queries, hidden, bias=bias)
@@ -192,15 +197,22 @@ class TextAttention(nn.Module):
 
     def forward(self, x_BTH: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden]; with a cache, stores the new keys and values in it."""
-        context = self.context(self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH), step, cache)
+        projected = (self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH))
+        context = self.context(*projected, step, cache, self.cache_scales)
         y_BTH: Tensor = self.o_proj(context)
         return y_BTH
 
-    def context(self, q: Tensor, k: Tensor, v: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
-        """Everything between the projections: queries [B, T, H*D], keys and values [B, T, G*D] -> [B, T, H*D]."""
-        q_BTHD, k_BTGD, v_BTGD = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (q, k, v))
-        q_BTHD, k_BTGD = self._place(q_BTHD, k_BTGD, step)
-        q, k, v = q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
+    def context(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Step, cache: LayerCache | None, scales: CacheScales | None = None
+    ) -> Tensor:
+        """Everything between the projections: queries [B, T, H*D], keys and values [B, T, G*D] -> [B, T, H*D].
+
+        With scales, all keys and values are rounded to FP8, those of the new tokens too, as vLLM and transformers do.
+        """
+        k_BTGD, v_BTGD = self.cached(k, v, step)
+        q, k, v = self._place_queries(q, step).transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
+        if scales is not None:
+            k, v = scales.round(k, v)
         key_column = step.past
         if cache is not None:
             k, v = cache.append(k, v, step.past)
@@ -208,15 +220,23 @@ class TextAttention(nn.Module):
         segments = step.chunked if self.uses_rope else step.full
         return attend(q, k, v, segments, key_column, self.kind).transpose(1, 2).flatten(2)
 
-    def _place(self, q_BTHD: Tensor, k_BTGD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Give queries and keys what depends on position: rotation then norm, or temperature."""
-        if self.uses_rope:
-            q_BTHD, k_BTGD = step.rotation.apply(q_BTHD), step.rotation.apply(k_BTGD)
-        if self.normalizes:
-            q_BTHD, k_BTGD = _rms_normalized(q_BTHD, self.norm_eps), _rms_normalized(k_BTGD, self.norm_eps)
+    def cached(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Projected keys and values [B, T, G*D] as a cache gets them, [B, T, G, D]: keys rotated and normalized."""
+        k_BTGD, v_BTGD = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (k, v))
+        return self._rotate(k_BTGD, step), v_BTGD
+
+    def _place_queries(self, q: Tensor, step: Step) -> Tensor:
+        """Give queries what depends on position: rotation then norm, or temperature."""
+        q_BTHD = self._rotate(q.view(*q.shape[:-1], -1, self.head_dim), step)
         if step.temperature is not None and not self.uses_rope:
             q_BTHD = (q_BTHD * step.temperature).type_as(q_BTHD)
-        return q_BTHD, k_BTGD
+        return q_BTHD
+
+    def _rotate(self, x_BTXD: Tensor, step: Step) -> Tensor:
+        """What a RoPE layer does to queries and keys."""
+        if self.uses_rope:
+            x_BTXD = step.rotation.apply(x_BTXD)
+        return _rms_normalized(x_BTXD, self.norm_eps) if self.normalizes else x_BTXD
 
 
 def _rms_normalized(x: Tensor, eps: float) -> Tensor:

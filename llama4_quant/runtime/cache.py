@@ -7,10 +7,28 @@ with a context much longer than `attention_chunk_size`, three layers of four hol
 Shape letters: B batch, D head dimension, G key-value heads, S columns kept, T new columns.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from llama4_quant.config import TextConfig
+from llama4_quant.ops.reference import round_fp8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheScales:
+    """Scales of one layer's FP8 cache: keys and values are kept as multiples of these.
+
+    Here they are rounded to what such a cache can hold, and stay in the model's dtype.
+    """
+
+    key: float
+    value: float
+
+    def round(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as they come out of the cache."""
+        return round_fp8(keys, self.key), round_fp8(values, self.value)
 
 
 def first_visible_column(padding: int, column: int, chunk_size: int | None) -> int:

@@ -18,9 +18,16 @@ from llama4_quant.errors import CheckpointError, UsageError
 from llama4_quant.plan import make_plan
 from llama4_quant.quantizers.backend import Backend, choose_backend
 from llama4_quant.runtime.attention import Attention
+from llama4_quant.runtime.cache import CacheScales
 from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.scheme import Scheme, WeightScheme, preset
-from llama4_quant.stored import StoredWeight, quantization_section, quantized_weights
+from llama4_quant.stored import (
+    StoredWeight,
+    cache_scale_names,
+    quantization_section,
+    quantized_weights,
+    read_cache_scale,
+)
 from llama4_quant.stream import Piece, Progress, encode_piece, quantize_piece, read_pieces
 from llama4_quant.work import CHUNK_BYTES
 
@@ -115,6 +122,9 @@ def _load_quantized(
     filler = _Filler(model, progress)
     for weight in weights:
         filler.put_stored(weight, reader)
+    for layer, (key, value) in enumerate(cache_scale_names(config, reader.tensors)):
+        scales = CacheScales(key=read_cache_scale(reader, key), value=read_cache_scale(reader, value))
+        model.use_cache_scales(layer, scales)
     return model
 
 

@@ -26,8 +26,8 @@ from torch.nn import functional
 
 from llama4_quant.architecture import LinearSpec, Llama4Config
 from llama4_quant.errors import UsageError
-from llama4_quant.runtime.attention import Attention
-from llama4_quant.runtime.cache import KVCache
+from llama4_quant.runtime.attention import Attention, TextAttention
+from llama4_quant.runtime.cache import CacheScales, KVCache
 from llama4_quant.runtime.linear import Builder, WeightStorage
 from llama4_quant.runtime.text import TextModel
 from llama4_quant.runtime.vision import Projector, VisionModel
@@ -132,6 +132,12 @@ class Llama4Model(nn.Module):
     def _checkpoint_name(self, path: str) -> str:
         is_text = path.startswith(("model.", "lm_head."))
         return f"{self.config.prefix}{path}" if is_text else path
+
+    def use_cache_scales(self, layer: int, scales: CacheScales) -> None:
+        """Round keys and values of a decoder layer as an FP8 cache with these scales does."""
+        attention = self.model.layers[layer].self_attn
+        assert isinstance(attention, TextAttention)
+        attention.cache_scales = scales
 
     def new_cache(self, batch_size: int, capacity: int = 256) -> KVCache:
         """An empty cache for `batch_size` sequences with room for `capacity` tokens; it grows when needed."""

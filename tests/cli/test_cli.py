@@ -81,6 +81,18 @@ def test_convert_json_is_the_report(run: object, source: Path, tmp_path: Path) -
     assert json.loads(ran.out) == json.loads((tmp_path / "out" / "quantization_report.json").read_text())
 
 
+def test_kv_cache_scales_need_calibration(run: object, source: Path, tmp_path: Path) -> None:
+    ran = run("convert", source, "-o", tmp_path / "out", "--group-size", 32, "--kv-cache-scheme", "fp8")
+    assert ran.code != 0
+    assert "--kv-cache-scheme fp8: its scales come from calibration data" in ran.err
+    assert not (tmp_path / "out").exists()
+    planned = ("convert", source, "--dry-run", "--group-size", 32, "--json")
+    plain = json.loads(run(*planned).out)
+    cached = json.loads(run(*planned, "--algorithm", "gptq", "--kv-cache-scheme", "fp8").out)
+    assert cached["totals"]["bytes_out"] == plain["totals"]["bytes_out"] + 4 * 2 * 4
+    assert cached["weights"] == plain["weights"]
+
+
 def test_dry_run_of_maverick_without_weights(run: object, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     ran = run("convert", "--dry-run", "--config-only", MAVERICK, "--scheme", "W4A16", "--save-plan", plan)

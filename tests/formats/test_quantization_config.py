@@ -5,7 +5,7 @@ import pytest
 
 from llama4_quant.errors import ConfigError
 from llama4_quant.formats.compressed_tensors import parse_quantization_config, quantization_config
-from llama4_quant.scheme import Observer, Scheme, Strategy, WeightScheme, WeightType, preset
+from llama4_quant.scheme import KVCacheScheme, Observer, Scheme, Strategy, WeightScheme, WeightType, preset
 
 PRESETS = [
     preset("W4A16", group_size=32),
@@ -143,11 +143,39 @@ def test_presets_by_name() -> None:
     assert parsed.scheme_of("lm_head") == preset("FP8_DYNAMIC").weights
 
 
-def test_a_kv_cache_scheme_is_kept_and_not_applied() -> None:
-    cache = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+CACHE_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("cache", "fp8"),
+    [
+        (CACHE_FP8, True),
+        ({"type": "float"}, True),  # all else is compressed-tensors' default
+        (CACHE_FP8 | {"observer": "minmax", "group_size": None, "zp_dtype": None}, True),
+        (CACHE_FP8 | {"num_bits": 4}, False),
+        ({"num_bits": 8, "strategy": "tensor"}, False),  # int
+        (CACHE_FP8 | {"strategy": "attn_head"}, False),
+        (CACHE_FP8 | {"symmetric": False}, False),
+        (CACHE_FP8 | {"dynamic": True}, False),
+    ],
+)
+def test_a_kv_cache_scheme_is_kept_and_known_for_what_it_is(cache: dict[str, Any], fp8: bool) -> None:
     parsed = parse_quantization_config(short_config(kv_cache_scheme=cache))
     assert parsed.kv_cache_scheme == cache
-    assert parsed.scheme_of("x") == INT4
+    assert parsed.fp8_cache is fp8
+    assert not parse_quantization_config(short_config()).fp8_cache
+
+
+@pytest.mark.parametrize("scheme", PRESETS, ids=lambda scheme: scheme.label)
+def test_an_fp8_cache_round_trips_through_compressed_tensors(scheme: Scheme) -> None:
+    config = quantization_config(scheme, ["lm_head"], kv_cache_scheme=KVCacheScheme.FP8)
+    peer = pytest.importorskip("compressed_tensors.quantization").QuantizationConfig.model_validate(config)
+    assert {name: getattr(peer.kv_cache_scheme, name) for name in CACHE_FP8} == CACHE_FP8
+    assert peer.requires_calibration_data()
+    for written in (config, {**peer.to_dict(), "quantization_status": "compressed"}):
+        parsed = parse_quantization_config(written)
+        assert parsed.fp8_cache
+        assert parsed.scheme_of("model.layers.0.feed_forward.down_proj") is not None
 
 
 @pytest.mark.parametrize(
