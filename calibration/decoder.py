@@ -53,11 +53,6 @@ class DecoderMath:
         q, k, v = (rows.view(num_sequences, length, -1) for rows in projected)
         return self._attention[layer].context(q, k, v, step, None).flatten(0, 1)
 
-    def route(self, hidden_RH: Tensor, router_EH: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [R, E] and the experts that are chosen [R, k]."""
-        logits_RE = functional.linear(hidden_RH, router_EH)
-        return logits_RE, logits_RE.topk(self.config.num_experts_per_tok, dim=-1).indices
-
 
 def swiglu(gate_RI: Tensor, up_RI: Tensor) -> Tensor:
     """What down_proj gets."""
