@@ -62,11 +62,6 @@ class DecoderMath:
         padding = (0,) * num_sequences
         return make_step(self.config, self._rotary, new=length, past=0, padding=padding, device=self._device)
 
-    def route(self, hidden_RH: Tensor, router_EH: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [R, E] and the experts that are chosen [R, k]."""
-        logits_RE = functional.linear(hidden_RH, router_EH)
-        return logits_RE, logits_RE.topk(self.config.num_experts_per_tok, dim=-1).indices
-
 
 def swiglu(gate_RI: Tensor, up_RI: Tensor) -> Tensor:
     """What down_proj gets."""

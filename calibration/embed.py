@@ -5,12 +5,12 @@ The table is read in parts (Llama 4's has 202,048 rows): what is held does not g
 Shape letters: H hidden, L positions, R rows, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from llama4_quant.calibration.corpus import Corpus
+from llama4_quant.calibration.corpus import Sample
 from llama4_quant.calibration.rows import RowFile, row_chunks
 from llama4_quant.calibration.streams import Streams
 from llama4_quant.checkpoint.reader import CheckpointReader
@@ -21,53 +21,75 @@ from llama4_quant.scheme import SchemeLookup
 
 TensorOf = Callable[[Decision], Iterable[tuple[str, Tensor]]]
 """From a weight to its tensors, by the last part of their names."""
+Samples = Callable[[], Iterator[Sample]]
+"""Draws the same samples each time it is called; they are not held."""
 
 
 def write_embeddings(
-    streams: Streams, corpus: Corpus, plan: Plan, reader: CheckpointReader, writer: CheckpointWriter
+    streams: Streams, samples: Samples, plan: Plan, reader: CheckpointReader, stored: TensorOf | None
 ) -> None:
     """Write what the decoder's first layer gets.
 
     Args:
         streams: where to; the quantized stream gets image features of the quantized vision tower, if it is quantized.
-        corpus: whose calibration set it is.
-        plan: of the conversion; everything but the decoder's layers has been written.
+        samples: draws the samples anew each time it is called.
+        plan: of the conversion.
         reader: the source.
-        writer: the output.
+        stored: gives weights as the quantized model has them; None for a model that is not quantized.
     """
     config = plan.config
-    ids = torch.cat([sample.input_ids for sample in corpus.samples()])
+    drawn = [(sample.input_ids, sample.num_images) for sample in samples()]
+    ids = torch.cat([input_ids for input_ids, _ in drawn])
     name = f"{config.prefix}model.embed_tokens.weight"
     num_rows, width = reader.tensors[name].shape
     for part in row_chunks(num_rows, width):
         tokens = torch.nonzero((ids >= part.start) & (ids < part.stop)).squeeze(-1)
-        if len(tokens):
-            table_VH = reader.read_rows(name, part.start, part.stop).to(torch.float32)
+        if not len(tokens):
+            continue
+        table_VH = reader.read_rows(name, part.start, part.stop).to(torch.float32)
+        for some in row_chunks(len(tokens), width):  # a few rows of the table may be those of most tokens
             for file in streams.both():
-                file.scatter(tokens, table_VH[ids[tokens] - part.start])
-    if not corpus.description.num_images:
-        return
+                file.scatter(tokens[some], table_VH[ids[tokens[some]] - part.start])
+    if any(num_images for _, num_images in drawn):
+        _write_images(streams, samples, plan, reader, stored)
+
+
+def _write_images(
+    streams: Streams, samples: Samples, plan: Plan, reader: CheckpointReader, stored: TensorOf | None
+) -> None:
+    """Put features of each model's vision tower into its stream; one tower is in memory at a time."""
+    schemes = {decision.name: decision.scheme for decision in plan.decisions}
 
     def original(decision: Decision) -> Iterable[tuple[str, Tensor]]:
         source = decision.linear.source if decision.linear else decision.name
         yield source.rpartition(".")[2], reader.read(source)
 
+    if streams.original is not None:
+        _write_features(streams.original, samples, _vision_model(plan, _as_it_is, original))
+    scheme_of = _as_it_is if stored is None else schemes.__getitem__
+    _write_features(streams.quantized, samples, _vision_model(plan, scheme_of, stored or original))
+
+
+def _as_it_is(_name: str) -> None:
+    return None
+
+
+def written_tensors(writer: CheckpointWriter) -> TensorOf:
+    """Tensors of weights that have been written."""
+
     def stored(decision: Decision) -> Iterable[tuple[str, Tensor]]:
         for output in decision.outputs:
             yield output.name.rpartition(".")[2], writer.read(output.name)
 
-    schemes = {decision.name: decision.scheme for decision in plan.decisions}
-    _write_features(streams.quantized, corpus, _vision_model(plan, schemes.__getitem__, stored))
-    if streams.original is not None:
-        _write_features(streams.original, corpus, _vision_model(plan, lambda _name: None, original))
+    return stored
 
 
-def _write_features(file: RowFile, corpus: Corpus, model: Llama4Model) -> None:
+def _write_features(file: RowFile, samples: Samples, model: Llama4Model) -> None:
     """One sample's pixels are in memory at a time."""
     image_token = model.config.image_token_index
     assert image_token is not None
     start = 0
-    for sample in corpus.samples():
+    for sample in samples():
         if sample.pixel_values is not None:
             places = torch.nonzero(torch.eq(sample.input_ids, image_token)).squeeze(-1)
             file.scatter(start + places, model.image_features(sample.pixel_values).to(torch.float32))

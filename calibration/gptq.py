@@ -24,6 +24,8 @@ from llama4_quant.quantizers.grid import CodeGrid
 
 BLOCK = 64
 """Columns between two matrix products with all the rest."""
+_SYSTEM_ELEMENTS = 1 << 23
+"""Of the systems of equations for scales that are solved together: 32 MiB, and as much again for copies."""
 _MORE_DAMPING = 10.0
 _MAX_DAMP = 1.0
 
@@ -185,13 +187,25 @@ def refit_scales(weight_KN: Tensor, codes_KN: Tensor, factored: Factored, scales
     place_K = torch.argsort(factored.order)
     gram_KK = factored.gram[place_K][:, place_K]
     num_groups, num_outputs = scales.values.shape
+    step = max(1, _SYSTEM_ELEMENTS // num_groups**2)
+    parts = [slice(start, min(start + step, num_outputs)) for start in range(0, num_outputs, step)]
+    return torch.cat(
+        [
+            _refit_outputs(weight_KN[:, part], codes_KN[:, part], gram_KK, scales.values[:, part], scales.group_size)
+            for part in parts
+        ],
+        dim=1,
+    )
+
+
+def _refit_outputs(weight_KN: Tensor, codes_KN: Tensor, gram_KK: Tensor, scale_GN: Tensor, group_size: int) -> Tensor:
+    """`refit_scales` of some outputs; the Gram matrix is in the inputs' own order."""
+    num_groups, num_outputs = scale_GN.shape
     target_GN = _group_sums(codes_KN * (gram_KK @ weight_KN), num_groups)
     normal_GGN = torch.stack(
         [
             _group_sums(codes_KN * (gram_KK[:, part] @ codes_KN[part]), num_groups)
-            for part in (
-                slice(start, start + scales.group_size) for start in range(0, len(codes_KN), scales.group_size)
-            )
+            for part in (slice(start, start + group_size) for start in range(0, len(codes_KN), group_size))
         ],
         dim=1,
     )
@@ -200,8 +214,8 @@ def refit_scales(weight_KN: Tensor, codes_KN: Tensor, factored: Factored, scales
     diagonal_NG.add_(diagonal_NG.mean(dim=1, keepdim=True) * 1e-6 + torch.finfo(torch.float32).tiny)
     found_NG, failed_N = torch.linalg.solve_ex(normal_NGG, target_GN.T.unsqueeze(-1))
     found_GN = found_NG.view(num_outputs, num_groups).T
-    usable_GN = (found_GN > scales.values / 2) & (found_GN < scales.values * 2) & (failed_N == 0)
-    return torch.where(usable_GN, found_GN, scales.values)
+    usable_GN = (found_GN > scale_GN / 2) & (found_GN < scale_GN * 2) & (failed_N == 0)
+    return torch.where(usable_GN, found_GN, scale_GN)
 
 
 def output_error(difference_KN: Tensor, gram_KK: Tensor) -> float:

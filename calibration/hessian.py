@@ -15,6 +15,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+ENOUGH_ROWS = 50
+"""Rows per input under which the correction's ridge grows."""
+
 
 class Moments:
     """Sums over rows for all weights that share one input.
@@ -91,7 +94,7 @@ def corrected(weight_NK: Tensor, moments: Moments, damp_percent: float) -> Tenso
         drift_NK += moments.output_drift
     num_inputs = weight_NK.shape[1]
     mean = moments.gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    ridge = damp_percent * max(1.0, num_inputs / moments.num_rows)
+    ridge = damp_percent * max(1.0, ENOUGH_ROWS * num_inputs / moments.num_rows)
     system_KK = moments.gram / mean
     system_KK.diagonal().add_(ridge)
     lower_KK, failed = torch.linalg.cholesky_ex(system_KK)

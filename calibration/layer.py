@@ -9,6 +9,7 @@ Shape letters: E experts, H hidden, I intermediate, K in, N out, R rows, T token
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from llama4_quant.calibration.cache_scales import CacheCalibration, largest_magn
 from llama4_quant.calibration.decoder import DecoderMath, as_quantized_inputs, fast_matmul, swiglu
 from llama4_quant.calibration.hessian import Moments
 from llama4_quant.calibration.records import CacheScaleRecord
-from llama4_quant.calibration.routing import Coverage, ExpertRows, Routing
+from llama4_quant.calibration.routing import ExpertRows, Routing, route
 from llama4_quant.calibration.rows import RowFile, row_chunks
 from llama4_quant.calibration.streams import Sequences, StreamFiles, Streams
-from llama4_quant.calibration.weights import Pair, Weights
+from llama4_quant.calibration.weights import Pair, SourceWeights
+from llama4_quant.scheme import WeightScheme
 
 _ATTENTION_ROWS = 4096
 
@@ -43,11 +45,10 @@ class LayerPass:
         base: str,
         *,
         maths: DecoderMath,
-        weights: Weights,
+        weights: SourceWeights,
         files: StreamFiles,
         sequences: Sequences,
-        coverage: Coverage,
-        cache: CacheCalibration,
+        cache: CacheCalibration | None,
         done: Callable[[str, int], None],
     ) -> None:
         """Nothing is read yet.
@@ -56,19 +57,19 @@ class LayerPass:
             layer: its number.
             base: what its weights' names start with.
             maths: the model's arithmetic.
-            weights: the conversion's weights.
+            weights: the model's.
             files: for hidden states and what lives within a layer.
             sequences: where samples lie.
-            coverage: what to do about experts that see few rows.
             cache: scales of an FP8 KV cache, if the conversion has one.
             done: called with a weight's name and the source bytes that are done now.
         """
         self._layer, self._base = layer, base
         self._maths, self._weights, self._files = maths, weights, files
-        self._sequences, self._coverage, self._cache, self._done = sequences, coverage, cache, done
+        self._sequences, self._cache, self._done = sequences, cache, done
         self.cache: CacheScaleRecord | None = None
-        self.rows_per_expert: tuple[int, ...] = ()
-        self.rerouted: float | None = None
+        """Scales of the layer's KV cache, if it has some."""
+        self.routing: Routing | None = None
+        """Where tokens went, once that is known; stays None for a dense layer."""
 
     def run(self, before: Streams, after: Streams) -> None:
         """Calibrate the layer on hidden states in front of it, and write those after it."""
@@ -91,22 +92,19 @@ class LayerPass:
         def normed(rows: slice) -> Inputs:
             return self._both(before, rows, lambda x_RH: self._maths.norm(x_RH, gain))
 
-        moments = self._moments(names[0], before.quantized.chunks(), normed)
+        moments = self._moments(names, before.quantized.chunks(), normed)
         pairs = self._quantize(names, moments)
-        self.cache = self._cache.scales(
-            self._layer, lambda: self._cache_ranges(before, gain, [pairs[name] for name in names[1:]], biases[1:])
-        )
+        if self._cache is not None:
+            self.cache = self._cache.scales(
+                self._layer, lambda: self._cache_ranges(before, gain, [pairs[name] for name in names[1:]], biases[1:])
+            )
         with self._scratch(before, "context", width) as context:
             for rows, length in self._sequences.batches(_ATTENTION_ROWS):
                 inputs = normed(rows)
                 for file, x_RH, side in self._sides(context, inputs):
-                    x_RK = self._as_inputs(names[0], x_RH, side)
-                    with fast_matmul(x_RK.device):
-                        projected = [
-                            functional.linear(x_RK, getattr(pairs[name], side), bias)
-                            for name, bias in zip(names, biases, strict=True)
-                        ]
-                        scales = scales_of(self.cache) if side == "stored" else None
+                    projected = self._project(pairs, x_RH, side, biases)
+                    scales = scales_of(self.cache) if side == "stored" else None
+                    with fast_matmul(x_RH.device):
                         file.write(rows, self._maths.context(self._layer, projected, length, scales))
             self._write_to_residual(f"{self._base}.self_attn.o_proj", context, before, after)
 
@@ -114,10 +112,10 @@ class LayerPass:
         self, before: Streams, gain: Tensor, pairs: Sequence[Pair], biases: Sequence[Tensor | None]
     ) -> tuple[float, float]:
         """Largest magnitudes of the quantized model's keys and values, as they are cached, over all tokens."""
-        name = f"{self._base}.self_attn.k_proj"
+        scheme = self._weights.scheme(f"{self._base}.self_attn.k_proj")
         largest: list[Tensor] = []
         for rows, length in self._sequences.batches(_ATTENTION_ROWS):
-            x_RH = self._as_inputs(name, self._maths.norm(before.quantized.read(rows), gain), "stored")
+            x_RH = as_quantized_inputs(self._maths.norm(before.quantized.read(rows), gain), scheme)
             with fast_matmul(x_RH.device):
                 projected = [
                     functional.linear(x_RH, pair.stored, bias) for pair, bias in zip(pairs, biases, strict=True)
@@ -142,16 +140,15 @@ class LayerPass:
     def _gate_up(self, base: str, inputs: Callable[[slice], Inputs], inner: Streams) -> None:
         """Quantize gate and up of an MLP that all tokens take, and write what its down_proj gets."""
         names = [f"{base}.gate_proj", f"{base}.up_proj"]
-        pairs = self._quantize(names, self._moments(names[0], inner.quantized.chunks(), inputs))
+        pairs = self._quantize(names, self._moments(names, inner.quantized.chunks(), inputs))
         for rows in inner.quantized.chunks():
             given = inputs(rows)
             for file, x_RH, side in self._sides(inner, given):
-                file.write(rows, self._inner(names, pairs, x_RH, side))
+                file.write(rows, self._inner(pairs, x_RH, side))
 
-    def _inner(self, names: Sequence[str], pairs: dict[str, Pair], x_RH: Tensor, side: str) -> Tensor:
-        x_RK = self._as_inputs(names[0], x_RH, side)
-        with fast_matmul(x_RK.device):
-            gate_RI, up_RI = (functional.linear(x_RK, getattr(pairs[name], side)) for name in names)
+    def _inner(self, gate_up: dict[str, Pair], x_RH: Tensor, side: str) -> Tensor:
+        """What down_proj gets."""
+        gate_RI, up_RI = self._project(gate_up, x_RH, side)
         return swiglu(gate_RI, up_RI)
 
     # Mixture of experts ----------------------------------------------------------------------------------------------
@@ -166,33 +163,43 @@ class LayerPass:
                 given = self._both(after, rows, lambda x_RH: self._maths.norm(x_RH, gain))
                 for file, x_RH, _ in self._sides(normed, given):
                     file.write(rows, x_RH)
-            routing = self._route(normed)
-            self.rows_per_expert, self.rerouted = routing.rows_per_expert, routing.rerouted
+            self.routing = routing = self._route(normed)
             with self._scratch(after, "inner", config.intermediate_size) as inner:
                 self._gate_up(f"{base}.shared_expert", lambda rows: self._both(normed, rows), inner)
                 self._write_to_residual(f"{base}.shared_expert.down_proj", inner, after, after)
             with self._files.scratch("wanted", config.hidden_size) as wanted:
                 weights_T = self._remember_wanted(after, wanted)
                 for expert in range(config.num_local_experts):
-                    chosen = routing.of(expert, self._coverage)
-                    self._expert(f"{base}.experts.{expert}", chosen, normed, after, (wanted, weights_T))
+                    self._expert(f"{base}.experts.{expert}", routing.of(expert), normed, after, (wanted, weights_T))
 
     def _route(self, normed: Streams) -> Routing:
         router_EH = self._kept(f"{self._base}.feed_forward.router")
-        logits = [
-            torch.cat([self._maths.route(file.read(rows), router_EH)[0] for rows in file.chunks()])
-            for file in normed.both()
-        ]
-        return Routing.of_logits(logits[0], logits[-1], self._maths.config.num_experts_per_tok)
+        config = self._maths.config
+
+        def logits() -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in normed.quantized.chunks():
+                given = self._both(normed, rows, lambda x_RH: functional.linear(x_RH, router_EH))
+                yield given.quantized, given.original
+
+        return route(
+            logits(),
+            normed.quantized.num_rows,
+            experts_per_token=config.num_experts_per_tok,
+            width=config.hidden_size,
+        )
 
     def _remember_wanted(self, residual: Streams, wanted: RowFile) -> Tensor:
-        """What `_wanted` says about every row before any routed expert has added to it: rows, and their weights [T]."""
+        """What `_wanted` says about every row before any routed expert has added to it: rows, and their weights [T].
+
+        Each of a token's k experts is to make up for its part only.
+        """
+        num_experts = self._maths.config.num_experts_per_tok
         weights = []
         for rows in wanted.chunks():
             wanted_RH, weight_R = self._wanted(residual, rows)
             weights.append(weight_R)
             if wanted_RH is not None:
-                wanted.write(rows, wanted_RH)
+                wanted.write(rows, wanted_RH / num_experts)
         return torch.cat(weights)
 
     def _expert(
@@ -213,8 +220,8 @@ class LayerPass:
 
         chunks = list(row_chunks(len(rows.fitted), self._maths.config.intermediate_size))
         moments = Moments(self._maths.config.hidden_size, drift=drifts, device=rows.fitted.device)
-        for part in chunks:
-            self._add(moments, gate_up[0], scored(part), weight_R=rows.weights[part], num_prior=rows.num_prior(part))
+        for part in chunks if self._weights.is_pending(gate_up) else []:
+            self._add(moments, gate_up, scored(part), weight_R=rows.weights[part], num_prior=rows.num_prior(part))
         pairs = self._quantize(gate_up, moments, rows.total_prior)
         moments = Moments(
             self._maths.config.intermediate_size,
@@ -222,37 +229,43 @@ class LayerPass:
             drift=drifts,
             device=rows.fitted.device,
         )
-        for part in chunks:
+        for part in chunks if self._weights.is_pending([down]) else []:
             given = scored(part)
             inner = Inputs(
-                quantized=self._inner(gate_up, pairs, given.quantized, "stored"),
-                original=self._inner(gate_up, pairs, given.original, "original") if drifts else given.original,
+                quantized=self._inner(pairs, given.quantized, "stored"),
+                original=self._inner(pairs, given.original, "original") if drifts else given.original,
             )
             tokens = rows.fitted[part]
             self._add(
                 moments,
-                down,
+                [down],
                 inner,
                 wanted.gather(tokens) if drifts else None,
                 weight_R=weights_T[tokens] * rows.weights[part],
                 num_prior=rows.num_prior(part),
             )
-        pairs |= self._quantize([down], moments, rows.total_prior)
-        self._add_outputs(after.quantized, normed.quantized, rows.quantized_tokens, rows.quantized_own, pairs, "stored")
+        down_pair = self._quantize([down], moments, rows.total_prior)
+        both = (pairs, down_pair)
+        self._add_outputs(after.quantized, normed.quantized, rows.quantized_tokens, rows.quantized_own, both, "stored")
         if after.original is not None and normed.original is not None:
             self._add_outputs(
-                after.original, normed.original, rows.original_tokens, rows.original_own, pairs, "original"
+                after.original, normed.original, rows.original_tokens, rows.original_own, both, "original"
             )
 
     def _add_outputs(
-        self, residual: RowFile, normed: RowFile, tokens: Tensor, scores: Tensor, pairs: dict[str, Pair], side: str
+        self,
+        residual: RowFile,
+        normed: RowFile,
+        tokens: Tensor,
+        scores: Tensor,
+        pairs: tuple[dict[str, Pair], dict[str, Pair]],
+        side: str,
     ) -> None:
-        *gate_up, down = pairs
+        """Add an expert's outputs to the rows of some tokens; `pairs` are gate and up, and down."""
+        gate_up, down = pairs
         for part in row_chunks(len(tokens), self._maths.config.intermediate_size):
             scored_RH = normed.gather(tokens[part]) * scores[part].unsqueeze(-1)
-            inner_RI = self._as_inputs(down, self._inner(gate_up, pairs, scored_RH, side), side)
-            with fast_matmul(inner_RI.device):
-                y_RH = functional.linear(inner_RI, getattr(pairs[down], side))
+            (y_RH,) = self._project(down, self._inner(gate_up, scored_RH, side), side)
             residual.scatter(tokens[part], residual.gather(tokens[part]) + y_RH)
 
     # What the pieces share -------------------------------------------------------------------------------------------
@@ -263,16 +276,15 @@ class LayerPass:
         num_inputs, num_outputs = inputs.quantized.width, before.quantized.width
         device = self._weights.device
         moments = Moments(num_inputs, num_outputs=num_outputs, drift=inputs.original is not None, device=device)
-        for rows in chunks:
+        for rows in chunks if self._weights.is_pending([name]) else []:
             wanted, weight_R = self._wanted(before, rows)
-            self._add(moments, name, self._both(inputs, rows), wanted, weight_R=weight_R)
-        pair = self._quantize([name], moments)[name]
+            self._add(moments, [name], self._both(inputs, rows), wanted, weight_R=weight_R)
+        pair = self._quantize([name], moments)
         bias = self._bias(name)
         for rows in chunks:
             given = self._both(inputs, rows)
             for (file, x_RK, side), source in zip(self._sides(after, given), before.both(), strict=True):
-                with fast_matmul(x_RK.device):
-                    y_RH = functional.linear(self._as_inputs(name, x_RK, side), getattr(pair, side), bias)
+                (y_RH,) = self._project(pair, x_RK, side, [bias])
                 file.write(rows, source.read(rows) + y_RH)
 
     def _wanted(self, residual: Streams, rows: slice) -> tuple[Tensor | None, Tensor]:
@@ -281,27 +293,30 @@ class LayerPass:
         The next norm divides by the root mean square of a row, so an error counts by its size relative to that.
         """
         read = [file.read(rows) for file in residual.both()]
-        weight_R = 1.0 / read[-1].square().mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        weight_R = 1.0 / (read[-1].square().mean(dim=-1) + self._maths.config.rms_norm_eps)
         return (read[1] - read[0] if len(read) == 2 else None), weight_R
 
-    def _moments(self, name: str, chunks: Iterator[slice], inputs: Callable[[slice], Inputs]) -> Moments:
+    def _moments(self, names: Sequence[str], chunks: Iterator[slice], inputs: Callable[[slice], Inputs]) -> Moments:
+        """Sums over normed hidden states."""
         width = self._maths.config.hidden_size
         moments = Moments(width, drift=self._files.with_original, device=self._weights.device)
-        for rows in chunks:
-            self._add(moments, name, inputs(rows))
+        for rows in chunks if self._weights.is_pending(names) else []:
+            self._add(moments, names, inputs(rows))
         return moments
 
     def _add(
         self,
         moments: Moments,
-        name: str,
+        names: Sequence[str],
         inputs: Inputs,
         wanted: Tensor | None = None,
         *,
         weight_R: Tensor | None = None,
         num_prior: int = 0,
     ) -> None:
-        quantized = self._as_inputs(name, inputs.quantized, "stored")
+        """Add rows to the sums for some weights, as the first of them that is quantized meets them."""
+        schemes = [scheme for name in names if (scheme := self._weights.scheme(name)) is not None]
+        quantized = as_quantized_inputs(inputs.quantized, schemes[0])
         with fast_matmul(quantized.device):
             moments.add(quantized, inputs.original, wanted, weight_R, num_prior=num_prior)
 
@@ -310,18 +325,28 @@ class LayerPass:
         self._done(names[0], num_bytes)
         return pairs
 
-    def _as_inputs(self, name: str, x_RK: Tensor, side: str) -> Tensor:
-        """Activations as the weight meets them; only stored weights round them."""
-        return as_quantized_inputs(x_RK, self._weights.decision(name).scheme) if side == "stored" else x_RK
+    def _project(
+        self, pairs: dict[str, Pair], x_RK: Tensor, side: str, biases: Sequence[Tensor | None] = ()
+    ) -> list[Tensor]:
+        """Outputs of weights that share an input, each on the activations as it meets them: stored FP8 rounds them."""
+        met: dict[WeightScheme | None, Tensor] = {None: x_RK}
+        outputs = []
+        for (name, pair), bias in zip_longest(pairs.items(), biases):
+            scheme = self._weights.scheme(name) if side == "stored" else None
+            if scheme not in met:
+                met[scheme] = as_quantized_inputs(x_RK, scheme)
+            with fast_matmul(x_RK.device):
+                outputs.append(functional.linear(met[scheme], getattr(pair, side), bias))
+        return outputs
 
     def _kept(self, name: str) -> Tensor:
         """A weight that stays BF16, once it is written."""
-        self._weights.keep(name)
+        self._done(name, self._weights.keep(name))
         return self._weights.original(name)
 
     def _bias(self, name: str) -> Tensor | None:
-        has_bias = self._maths.config.attention_bias and ".self_attn." in name
-        return self._kept(f"{name}.bias") if has_bias else None
+        is_biased = self._maths.config.attention_bias and ".self_attn." in name
+        return self._kept(f"{name}.bias") if is_biased else None
 
     def _both(self, streams: Streams, rows: slice, change: Callable[[Tensor], Tensor] = lambda x: x) -> Inputs:
         quantized = change(streams.quantized.read(rows))

@@ -9,7 +9,7 @@ Shape letters: H residual width, K in, N out.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from llama4_quant.calibration.settings import SolverSettings
+from llama4_quant.calibration.settings import Calibration, SolverSettings
 from llama4_quant.calibration.solve import ROW_ELEMENTS
 from llama4_quant.config import TextConfig
 from llama4_quant.errors import UsageError
@@ -27,19 +27,18 @@ _SLACK = 256 * 2**20
 """Threads, their buffers for packed operands, and what the allocator keeps."""
 
 
-def with_calibration(memory: MemoryUse, plan: Plan, settings: SolverSettings, longest: int) -> MemoryUse:
+def with_calibration(memory: MemoryUse, plan: Plan, settings: Calibration) -> MemoryUse:
     """Memory of a conversion that calibrates too.
 
     Args:
         memory: of its data-free part.
         plan: of the conversion.
-        settings: how weights are solved.
-        longest: tokens of the longest sample.
+        settings: of the calibration.
 
     Raises:
         UsageError: the calibration does not fit; the message names the smallest size that does.
     """
-    needed = calibration_bytes(plan, settings, longest)
+    needed = calibration_bytes(plan, settings.solver, settings.corpus.max_seq_length)
     if needed > memory.limit:
         raise UsageError(
             f"--max-memory {memory.limit:,} bytes is too little to calibrate: one expert with its Hessian needs "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama4_quant.checkpoint.buffers import byte_view, read_into, write_from
-from llama4_quant.checkpoint.files import os_errors
+from llama4_quant.checkpoint.files import open_own, os_errors
 
 _FLOAT_BYTES = 4
 _CHUNK_ELEMENTS = 1 << 22
@@ -49,7 +49,7 @@ class RowFile:
         self._device = torch.device(device)
         self._row_bytes = width * _FLOAT_BYTES
         with os_errors(f"{path}: cannot be opened", path.parent, num_rows * self._row_bytes):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
 
     def __enter__(self) -> Self:
         return self

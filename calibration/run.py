@@ -1,18 +1,21 @@
 """A calibrated conversion's part beyond data-free quantization: its data, its memory, and running the pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama4_quant.calibration.cache_scales import CacheCalibration
 from llama4_quant.calibration.corpus import Corpus, open_corpus
-from llama4_quant.calibration.embed import write_embeddings
-from llama4_quant.calibration.records import CalibrationReport, LayerRecord
+from llama4_quant.calibration.coverage import coverage_notes
+from llama4_quant.calibration.embed import write_embeddings, written_tensors
+from llama4_quant.calibration.expert_survey import Choice, Survey
+from llama4_quant.calibration.records import CalibrationReport
 from llama4_quant.calibration.sequential import SequentialPass, calibrated_items
 from llama4_quant.calibration.settings import Calibration
-from llama4_quant.calibration.streams import Sequences
+from llama4_quant.calibration.streams import Sequences, Streams, forget_position
 from llama4_quant.calibration.weights import Weights
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.writer import CheckpointWriter
@@ -30,12 +33,10 @@ class PreparedCalibration:
     Attributes:
         settings: what was asked for.
         corpus: the data.
-        lengths: tokens of each sample of the calibration set.
     """
 
     settings: Calibration
     corpus: Corpus
-    lengths: tuple[int, ...]
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -85,27 +86,45 @@ class PreparedCalibration:
             settings=self.settings.solver,
             device=device,
         )
-        sequences = Sequences(lengths=self.lengths)
+        folder = writer.scratch
         cache = CacheCalibration(plan, items, writer)
-        passing = SequentialPass(plan.config, weights, cache, writer.scratch, self.settings.solver, done)
         with torch.inference_mode():
-            layers = passing.run(
-                sequences, lambda streams: write_embeddings(streams, self.corpus, plan, reader, writer)
+            choice = self._choose(plan, reader, folder, device, done)
+            sequences = Sequences(lengths=tuple(len(sample.input_ids) for sample in choice.samples(self.corpus)))
+            passing = SequentialPass(
+                plan.config, weights, folder, with_original=self.settings.solver.correct, done=done, cache=cache
             )
-        return self._report(layers)
 
-    def _report(self, layers: tuple[LayerRecord, ...]) -> CalibrationReport:
-        description = self.corpus.description
-        notes = [self.corpus.note] if self.corpus.note else []
+            def embed(streams: Streams) -> None:
+                write_embeddings(streams, lambda: choice.samples(self.corpus), plan, reader, written_tensors(writer))
+
+            layers = passing.run(sequences, embed)
         return CalibrationReport(
             algorithm=self.settings.algorithm,
-            data="; ".join(description.sources),
-            num_samples=len(self.lengths),
-            num_tokens=sum(self.lengths),
+            data="; ".join(self.corpus.description.sources),
+            num_samples=len(sequences.lengths),
+            num_tokens=sequences.num_rows,
             equalized=self.settings.solver.equalize,
             layers=layers,
-            notes=(*notes, *_coverage_notes(layers)),
+            notes=tuple(note for note in (self.corpus.note, choice.note, *coverage_notes(layers)) if note),
         )
+
+    def _choose(
+        self,
+        plan: Plan,
+        reader: CheckpointReader,
+        folder: Path,
+        device: torch.device,
+        done: Callable[[str, int], None],
+    ) -> Choice:
+        """The calibration set, with more samples where experts are to have some number of tokens."""
+        num_wanted = self.settings.min_tokens_per_expert
+        if not num_wanted:
+            return Choice(numbers=tuple(range(self.corpus.description.num_samples)))
+        choice, is_new = Survey(plan, reader, folder, device=device, done=done).choose(self.corpus, num_wanted)
+        if is_new:
+            forget_position(folder)  # it would be of other samples
+        return choice
 
 
 def prepare(settings: Calibration, reader: CheckpointReader) -> PreparedCalibration:
@@ -118,25 +137,4 @@ def prepare(settings: Calibration, reader: CheckpointReader) -> PreparedCalibrat
         torch.zeros(1, device=settings.device).item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {settings.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    corpus = open_corpus(reader.path, settings.corpus)
-    return PreparedCalibration(
-        settings=settings, corpus=corpus, lengths=tuple(len(sample.input_ids) for sample in corpus.samples())
-    )
-
-
-def _coverage_notes(layers: Sequence[LayerRecord]) -> list[str]:
-    """A sentence about experts that no token was routed to."""
-    unseen = [
-        f"layer {record.layer} expert {expert}"
-        for record in layers
-        for expert, rows in enumerate(record.rows_per_expert)
-        if rows == 0
-    ]
-    if not unseen:
-        return []
-    shown = ", ".join(unseen[:8]) + (f" and {len(unseen) - 8} more" if len(unseen) > 8 else "")
-    sentence = (
-        f"No token was routed to {len(unseen)} experts ({shown}): they were rounded to nearest. More or other "
-        "calibration data may reach them; --min-tokens-per-expert draws more where it is needed."
-    )
-    return [sentence]
+    return PreparedCalibration(settings=settings, corpus=open_corpus(reader.path, settings.corpus))

@@ -8,22 +8,17 @@ experts are read back and only the others are solved.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llama4_quant.architecture import Role
 from llama4_quant.calibration.cache_scales import CacheCalibration
 from llama4_quant.calibration.decoder import DecoderMath
 from llama4_quant.calibration.layer import LayerPass
 from llama4_quant.calibration.records import LayerRecord
-from llama4_quant.calibration.routing import Coverage
+from llama4_quant.calibration.routing import Routing
 from llama4_quant.calibration.settings import SolverSettings
 from llama4_quant.calibration.streams import Position, Sequences, StreamFiles, Streams, drift
-from llama4_quant.calibration.weights import Weights
+from llama4_quant.calibration.weights import SourceWeights, is_written
 from llama4_quant.config import Llama4Config
-from llama4_quant.plan import Decision, Plan
+from llama4_quant.plan import Plan
 from llama4_quant.work import WorkItem, item_decisions
-
-KEPT_ROLES = (Role.NORM, Role.ROUTER, Role.BIAS)
-"""Of the decoder's layers: they stay BF16, with factors that equalization moves into them."""
-CALIBRATED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP, Role.ROUTED_EXPERT)
 
 
 def calibrated_items(plan: Plan, items: Sequence[WorkItem], settings: SolverSettings) -> tuple[WorkItem, ...]:
@@ -31,14 +26,8 @@ def calibrated_items(plan: Plan, items: Sequence[WorkItem], settings: SolverSett
     return tuple(
         item
         for item in items
-        if any(_is_calibrated(decision, settings) for decision in item_decisions(plan.tensors[item.tensor], item))
+        if any(is_written(decision, settings) for decision in item_decisions(plan.tensors[item.tensor], item))
     )
-
-
-def _is_calibrated(decision: Decision, settings: SolverSettings) -> bool:
-    if decision.scheme is None:
-        return settings.equalize and decision.role in KEPT_ROLES and decision.layer is not None
-    return decision.role in CALIBRATED_ROLES
 
 
 class SequentialPass:
@@ -47,24 +36,27 @@ class SequentialPass:
     def __init__(
         self,
         config: Llama4Config,
-        weights: Weights,
-        cache: CacheCalibration,
+        weights: SourceWeights,
         folder: Path,
-        settings: SolverSettings,
+        *,
+        with_original: bool,
         done: Callable[[str, int], None],
+        routed: Callable[[int, Routing], None] | None = None,
+        cache: CacheCalibration | None = None,
     ) -> None:
         """Nothing is read yet.
 
         Args:
             config: the model.
-            weights: the conversion's weights.
-            cache: scales of its KV cache.
+            weights: the model's; SourceWeights only run it.
             folder: for hidden states; what an interrupted run left there is used.
-            settings: how weights are solved.
+            with_original: run the original model beside the quantized one.
             done: called with a weight's name and the source bytes that are done now.
+            routed: called with a layer's number and where its tokens went, before the layer counts as done.
+            cache: scales of the output's KV cache, if it is to have some.
         """
         self._config, self._weights, self._cache, self._folder = config, weights, cache, folder
-        self._settings, self._done = settings, done
+        self._with_original, self._done, self._routed = with_original, done, routed
 
     def run(self, sequences: Sequences, embed: Callable[[Streams], None]) -> tuple[LayerRecord, ...]:
         """Calibrate.
@@ -78,11 +70,11 @@ class SequentialPass:
         """
         text, device = self._config.text, self._weights.device
         files = StreamFiles(
-            self._folder, sequences.num_rows, text.hidden_size, with_original=self._settings.correct, device=device
+            self._folder, sequences.num_rows, text.hidden_size, with_original=self._with_original, device=device
         )
         maths = DecoderMath(text, device)
         position = files.position()
-        if position is None:
+        if position is None or position.layer > self._weights.num_finished_layers(text.num_hidden_layers):
             position = self._begin(files, embed)
         while position.layer < text.num_hidden_layers:
             layer = LayerPass(
@@ -92,7 +84,6 @@ class SequentialPass:
                 weights=self._weights,
                 files=files,
                 sequences=sequences,
-                coverage=Coverage(width=text.hidden_size),
                 cache=self._cache,
                 done=self._done,
             )
@@ -105,16 +96,18 @@ class SequentialPass:
             relative_error, sqnr_db = drift(after)
             record = LayerRecord(
                 layer=position.layer,
-                rows_per_expert=layer.rows_per_expert,
+                rows_per_expert=() if layer.routing is None else layer.routing.rows_per_expert,
                 relative_error=relative_error,
                 sqnr_db=sqnr_db,
-                rerouted=layer.rerouted,
+                rerouted=None if layer.routing is None else layer.routing.rerouted,
                 cache=layer.cache,
             )
             for file in after.both():
                 file.sync()
-        self._weights.sync()  # before state.json says that the layer is done
-        reached = Position(layer=position.layer + 1, records=(*position.records, record))
+        if self._routed is not None and layer.routing is not None:
+            self._routed(position.layer, layer.routing)
+        self._weights.sync()  # first: what is said to be done must not be lost with the machine
+        reached = Position(records=(*position.records, record))
         files.advance(reached)
         return reached
 
@@ -123,6 +116,6 @@ class SequentialPass:
             embed(streams)
             for file in streams.both():
                 file.sync()
-        position = Position(layer=0)
+        position = Position()
         files.advance(position)
         return position

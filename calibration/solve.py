@@ -23,6 +23,10 @@ from llama4_quant.scheme import Strategy, WeightScheme, WeightType
 ROW_ELEMENTS = 1 << 24
 """Weights that are worked on at a time: 64 MiB in float32, and some five times that with what goes with them."""
 
+FEW_ROWS = 1.0
+"""Rows per input under which damping grows, with the square of what is missing: what a few rows say of how inputs hang
+together is mostly accident, and codes that make use of it cost more than plain rounding does on other rows."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolvedWeight:
@@ -55,7 +59,9 @@ class Solver:
     @classmethod
     def of(cls, moments: Moments, settings: SolverSettings) -> "Solver":
         """Factor the Gram matrix once for all weights."""
-        return cls(moments=moments, factored=factor(moments.gram, settings.damp_percent), settings=settings)
+        num_inputs = len(moments.gram)
+        damp_percent = settings.damp_percent * max(1.0, FEW_ROWS * num_inputs / max(1, moments.num_rows)) ** 2
+        return cls(moments=moments, factored=factor(moments.gram, damp_percent), settings=settings)
 
     def solve(self, weight_NK: Tensor, scheme: WeightScheme) -> SolvedWeight:
         """Quantize one weight.
@@ -71,7 +77,7 @@ class Solver:
         target_NK = exact_NK
         if self.settings.correct:
             target_NK = corrected(exact_NK, self.moments, self.settings.ridge_percent)
-        scale = search_scales(target_NK, scheme, self.moments.gram.diagonal())
+        scale = search_scales(target_NK, scheme, self._importance())
         parts = [
             self._solve_rows(target_NK[rows], _rows_of(scale, rows, scheme), scheme)
             for rows in self._chunks(*exact_NK.shape)
@@ -82,6 +88,12 @@ class Solver:
             scheme=scheme,
         )
         return self._measured(exact_NK, target_NK, quantized)
+
+    def _importance(self) -> Tensor:
+        """What the squared error of each input's weights counts in the search for scales: the damped diagonal."""
+        importance_K = torch.empty(len(self.factored.order), device=self.factored.gram.device)
+        importance_K[self.factored.order] = self.factored.gram.diagonal()
+        return importance_K
 
     def _chunks(self, num_outputs: int, num_inputs: int) -> Sequence[slice]:
         """Slices of rows that no 128-row block crosses."""

@@ -8,18 +8,18 @@ Shape letters: H hidden, R rows.
 """
 
 import json
-import os
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llama4_quant.calibration.records import LayerRecord
 from llama4_quant.calibration.rows import RowFile
-from llama4_quant.checkpoint.files import os_errors, replacing, sync_folder
+from llama4_quant.checkpoint.files import os_errors, read_own, replace_durably
+from llama4_quant.checkpoint.json_files import MAX_JSON_BYTES, parse_json
 
 _STATE_NAME = "state.json"
 
@@ -68,10 +68,14 @@ class Streams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """How far a calibration is: `layer` is the next one, `records` are of those before it."""
+    """How far a calibration is: `records` are of the layers that are done."""
 
-    layer: int
     records: tuple[LayerRecord, ...] = ()
+
+    @property
+    def layer(self) -> int:
+        """The next layer."""
+        return len(self.records)
 
 
 class StreamFiles:
@@ -91,20 +95,18 @@ class StreamFiles:
     def position(self) -> Position | None:
         """Where an interrupted run was; None if it had not begun."""
         try:
-            content = json.loads((self.folder / _STATE_NAME).read_text(encoding="utf-8"))
+            content = parse_json(read_own(self.folder / _STATE_NAME, MAX_JSON_BYTES), _STATE_NAME)
             records = tuple(LayerRecord.from_json(record) for record in content["records"])
-            return Position(layer=int(content["layer"]), records=records)
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        is_whole = [record.layer for record in records] == list(range(len(records)))
+        return Position(records=records) if is_whole else None
 
     def advance(self, position: Position) -> None:
         """Say durably that the streams in front of `position.layer` are complete."""
-        data = json.dumps(asdict(position)).encode()
+        data = json.dumps({"records": [asdict(record) for record in position.records]}).encode()
         with os_errors(f"{self.folder}: cannot be written", self.folder, len(data)):
-            with replacing(self.folder / _STATE_NAME) as descriptor:
-                os.write(descriptor, data)
-                os.fsync(descriptor)
-            sync_folder(self.folder)
+            replace_durably(self.folder / _STATE_NAME, data)
 
     @contextmanager
     def open(self, layer: int) -> Iterator[Streams]:
@@ -121,6 +123,11 @@ class StreamFiles:
         return RowFile(self.folder / f"{name}.rows", rows, width, self._device)
 
 
+def forget_position(folder: Path) -> None:
+    """Let a calibration in `folder` begin anew."""
+    (folder / _STATE_NAME).unlink(missing_ok=True)
+
+
 def drift(streams: Streams) -> tuple[float | None, float | None]:
     """Relative error and SQNR (dB) of the quantized stream against the original one."""
     if streams.original is None:
@@ -132,4 +139,4 @@ def drift(streams: Streams) -> tuple[float | None, float | None]:
         signal += float(original_RH.square().sum())
     if not signal or not noise:
         return 0.0, None
-    return (noise / signal) ** 0.5, 10 * float(torch.log10(Tensor([signal / noise])))
+    return math.sqrt(noise / signal), 10 * math.log10(signal / noise)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama4_quant.architecture import Role
 from llama4_quant.calibration.equalize import Equalizer
 from llama4_quant.calibration.hessian import Moments
 from llama4_quant.calibration.records import CalibrationRecord
@@ -30,6 +31,19 @@ from llama4_quant.quantizers.quantize import dequantize_weight
 from llama4_quant.scheme import WeightScheme
 from llama4_quant.work import WorkItem
 
+KEPT_ROLES = (Role.NORM, Role.ROUTER, Role.BIAS)
+"""Of the decoder's layers: they stay BF16, with factors that equalization moves into them."""
+CALIBRATED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP, Role.ROUTED_EXPERT)
+_NO_ROWS = "no token was routed here: rounded to nearest"
+_FEW_ROWS = "few tokens for so many inputs: fitted to them together with other tokens of the layer, which count little"
+
+
+def is_written(decision: Decision, settings: SolverSettings) -> bool:
+    """Whether the pass writes a weight; all others need no data."""
+    if decision.scheme is None:
+        return settings.equalize and decision.role in KEPT_ROLES and decision.layer is not None
+    return decision.role in CALIBRATED_ROLES
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
@@ -39,12 +53,63 @@ class Pair:
     stored: Tensor
 
 
-class Weights:
-    """The weights of one conversion, by module name.
+class SourceWeights:
+    """The weights of the source by module name, all of them as they are: the model before quantization.
 
     Attributes:
         device: where the arithmetic is done.
     """
+
+    def __init__(self, plan: Plan, reader: CheckpointReader, device: torch.device) -> None:
+        self._reader, self.device = reader, device
+        self._decisions = {decision.name: decision for decision in plan.decisions}
+
+    def scheme(self, name: str) -> WeightScheme | None:  # noqa: ARG002 - of other models it depends on the name
+        """How a weight is stored; None as it is."""
+        return None
+
+    def original(self, name: str) -> Tensor:
+        """A weight, norm or bias of the source, float32; [out, in] for linear weights."""
+        return self._read(name).to(self.device)
+
+    def keep(self, name: str) -> int:  # noqa: ARG002
+        """Write a weight that stays as it is, where that has not been done; the source bytes that are done now."""
+        return 0
+
+    def is_pending(self, names: Sequence[str]) -> bool:  # noqa: ARG002
+        """Whether some of these weights still have to be quantized, which takes moments."""
+        return False
+
+    def num_finished_layers(self, num_layers: int) -> int:
+        """Layers from the first on of which nothing is left to do."""
+        return num_layers
+
+    def sync(self) -> None:
+        """Bring to the disk what is finished."""
+
+    def quantize(
+        self,
+        names: Sequence[str],
+        moments: Moments,  # noqa: ARG002
+        num_prior_rows: int = 0,  # noqa: ARG002
+    ) -> tuple[dict[str, Pair], int]:
+        """The weights by name, and the source bytes that are done now; see `Weights.quantize`."""
+        originals = {name: self.original(name) for name in names}
+        return {name: Pair(original=weight, stored=weight) for name, weight in originals.items()}, 0
+
+    def _read(self, name: str) -> Tensor:
+        decision = self._decisions[name]
+        linear = decision.linear
+        if linear is None or linear.expert is None:
+            values = self._reader.read(linear.source if linear else name)
+        else:
+            stored_IN = self._reader.read_slice(linear.source, linear.expert, 0, linear.in_features)
+            values = stored_IN[:, linear.out_start : linear.out_start + linear.out_features].T
+        return values.to(torch.float32)
+
+
+class Weights(SourceWeights):
+    """The weights of one conversion, by module name: those of the source, and what they are stored as."""
 
     def __init__(
         self,
@@ -58,51 +123,62 @@ class Weights:
         settings: SolverSettings,
         device: torch.device,
     ) -> None:
-        self._reader, self._writer, self._backend = reader, writer, backend
-        self._method, self._settings, self.device = method, settings, device
-        self._decisions = {decision.name: decision for decision in plan.decisions}
+        super().__init__(plan, reader, device)
+        self._writer, self._backend = writer, backend
+        self._method, self._settings = method, settings
         self._items: dict[tuple[str, int | None], list[WorkItem]] = {}
         for item in items:
             self._items.setdefault((plan.tensors[item.tensor].spec.name, item.expert), []).append(item)
         self._finished = set(writer.records())
-        self._equalizer = Equalizer(plan, self._scheme_of, reader) if settings.equalize else None
+        self._equalizer = Equalizer(plan, self.scheme, reader) if settings.equalize else None
 
-    def _scheme_of(self, name: str) -> WeightScheme | None:
+    def scheme(self, name: str) -> WeightScheme | None:
+        """How a weight is stored; None as it is."""
         return self._decisions[name].scheme
-
-    def decision(self, name: str) -> Decision:
-        """What the plan says about a weight."""
-        return self._decisions[name]
-
-    def sync(self) -> None:
-        """Bring to the disk what has been written of the output."""
-        self._writer.sync()
 
     def original(self, name: str) -> Tensor:
         """A weight, norm or bias of the source, equalized, float32; [out, in] for linear weights."""
-        decision = self._decisions[name]
-        linear = decision.linear
-        if linear is None or linear.expert is None:
-            values = self._reader.read(linear.source if linear else name)
-        else:
-            stored_IN = self._reader.read_slice(linear.source, linear.expert, 0, linear.in_features)
-            values = stored_IN[:, linear.out_start : linear.out_start + linear.out_features].T
-        values = values.to(torch.float32)
+        values = self._read(name)
         return (values if self._equalizer is None else self._equalizer.factors(name).apply(values)).to(self.device)
 
-    def keep(self, name: str) -> None:
+    def keep(self, name: str) -> int:
         """Write a norm's gain, a bias or a router, which stay BF16, with the factors that were moved into them."""
-        if self._equalizer is None:
-            return  # written like all weights that need no data
         decision = self._decisions[name]
-        source = decision.linear.source if decision.linear else name
-        items = self._items[source, None]
+        items = self._kept_items(decision)
         if all(item.id in self._finished for item in items):
-            return
+            return 0
         values = self.original(name).cpu().to(torch.bfloat16)
         if not bool(torch.isfinite(values).all()):
             raise QuantizationError(f"{name}: holds NaN or Inf; the checkpoint is damaged: download it again")
         self._record(items, [self._writer.write(decision.outputs[0].name, values)], [])
+        return sum(item.num_bytes for item in items)
+
+    def is_pending(self, names: Sequence[str]) -> bool:
+        """Whether some of these weights still have to be quantized, which takes moments."""
+        return any(item.id not in self._finished for item in self._items_of(names))
+
+    def num_finished_layers(self, num_layers: int) -> int:
+        """Layers from the first on of which nothing is left to do."""
+        left = [
+            decision.layer
+            for name, decision in self._decisions.items()
+            if decision.layer is not None and is_written(decision, self._settings) and self._is_left(name)
+        ]
+        return min(left, default=num_layers)
+
+    def _is_left(self, name: str) -> bool:
+        kept = self._kept_items(self._decisions[name])
+        return any(item.id not in self._finished for item in kept or self._items_of([name]))
+
+    def _kept_items(self, decision: Decision) -> list[WorkItem]:
+        """Work items of a weight that stays BF16 but is written by the pass; none of any other."""
+        if decision.scheme is not None or not is_written(decision, self._settings):
+            return []
+        return self._items[decision.linear.source if decision.linear else decision.name, None]
+
+    def sync(self) -> None:
+        """Bring to the disk what is finished."""
+        self._writer.sync()
 
     def quantize(self, names: Sequence[str], moments: Moments, num_prior_rows: int = 0) -> tuple[dict[str, Pair], int]:
         """Quantize weights that share their inputs, and whose work items hold no other weights.
@@ -115,10 +191,14 @@ class Weights:
         Returns:
             The weights by name, and the source bytes that are done now.
         """
-        items = self._items_of(names)
-        todo = [name for name in names if self._decisions[name].scheme is not None]
-        if not todo or all(item.id in self._finished for item in items):
+        items, todo = self._items_of(names), self._to_calibrate(names)
+        if not self.is_pending(names):
             return {name: self._read_back(name) for name in names}, 0
+        if not bool(torch.isfinite(moments.gram).all()):
+            raise QuantizationError(
+                f"{names[0]}: its inputs grow beyond float32 on the calibration data, so that nothing can be fitted to "
+                "them; is the checkpoint damaged?"
+            )
         solver = Solver.of(moments, self._settings) if moments.num_rows else None
         pairs: dict[str, Pair] = {}
         ranges: list[WrittenRange] = []
@@ -148,7 +228,7 @@ class Weights:
                 record = CalibrationRecord(
                     method="rtn",
                     num_rows=0,
-                    note="no rows were routed here: rounded to nearest, scales by least squares",
+                    note=_NO_ROWS,
                 )
             else:
                 solved = solver.solve(original, scheme)
@@ -160,6 +240,7 @@ class Weights:
                     damp_percent=solver.factored.damp_percent,
                     rounding_error=solver.cost(original, dequantize_weight(rounded.unpack(), torch.float32)),
                     output_error=solved.output_error,
+                    note=_FEW_ROWS if num_prior_rows else "",
                 )
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from error
@@ -178,9 +259,13 @@ class Weights:
             self._writer.record(item.id, [], [])
         self._writer.record(items[-1].id, ranges, notes)
 
+    def _to_calibrate(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if self._decisions[name].scheme is not None]
+
     def _items_of(self, names: Sequence[str]) -> list[WorkItem]:
+        """The work items of those that are quantized; all others are copied before the pass."""
         found: dict[int, WorkItem] = {}
-        for name in names:
+        for name in self._to_calibrate(names):
             linear = self._decisions[name].linear
             assert linear is not None
             found |= {item.id: item for item in self._items[linear.source, linear.expert]}

@@ -4,10 +4,12 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
 
+from llama4_quant.calibration.records import CalibrationReport, LayerRecord
 from llama4_quant.checkpoint.layout import parse_size
 from llama4_quant.checkpoint.paths import STAGING_NAME
 from llama4_quant.checkpoint.resume import Resume
@@ -116,10 +118,10 @@ def convert_command(
         "model_parallel": model_parallel,
         "max_memory": max_memory,
         "workers": workers,
+        "calibration": calibration,
     }
     if is_dry_run:
-        kv_cache_scheme = None if calibration is None else calibration.kv_cache_scheme
-        planned = dry_run(source, config_only=config_only, kv_cache_scheme=kv_cache_scheme, **chosen)
+        planned = dry_run(source, config_only=config_only, calibration=calibration, **chosen)
         if save_plan is not None:
             save_plan.write_text(json.dumps(planned.to_json(), indent=1) + "\n", encoding="utf-8")
         _show(planned, as_json=as_json)
@@ -130,7 +132,6 @@ def convert_command(
         report = convert(
             source,
             output,
-            calibration=calibration,
             max_shard_size=shard_size,
             resume=resume,
             delete_source_shards=delete_source_shards,
@@ -199,6 +200,8 @@ def _show(report: Report, *, as_json: bool) -> None:
 
 def _show_result(report: Report) -> None:
     out = console()
+    if report.calibration is not None:
+        _show_calibration(report.calibration)
     measured = [weight for weight in report.weights if weight.relative_error is not None]
     if measured:
         _show_worst(measured)
@@ -206,6 +209,33 @@ def _show_result(report: Report) -> None:
     assert report.seconds is not None
     out.print(
         f"wrote {report.output} in {report.seconds:.1f} s; every weight is in {Path(report.output) / REPORT_NAME}"
+    )
+
+
+def _show_calibration(calibration: CalibrationReport) -> None:
+    """What was calibrated on, and of each layer who saw how much and how far the hidden states are off."""
+    out = console()
+    out.print(
+        f"calibrated ({calibration.algorithm}) on {count(calibration.num_samples)} samples, "
+        f"{count(calibration.num_tokens)} tokens: {calibration.data}"
+    )
+    layers = table("hidden states after each layer", "layer", "rows per expert", "error", "SQNR", "rerouted", left=0)
+    for record in calibration.layers:
+        layers.add_row(*_layer_cells(record))
+    out.print(layers)
+    for note in calibration.notes:
+        out.print(f"note: {note}")
+
+
+def _layer_cells(record: LayerRecord) -> Sequence[str]:
+    rows = record.rows_per_expert
+    spread = f"{count(min(rows))} to {count(max(rows))}, median {count(int(median(rows)))}" if rows else "dense"
+    return (
+        str(record.layer),
+        spread,
+        "" if record.relative_error is None else f"{record.relative_error:.2%}",
+        "" if record.sqnr_db is None else f"{record.sqnr_db:.1f} dB",
+        "" if record.rerouted is None else f"{record.rerouted:.2%}",
     )
 
 

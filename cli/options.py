@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from llama4_quant.calibration.corpus import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
 from llama4_quant.calibration.settings import Algorithm, Calibration, make_calibration
@@ -15,6 +16,17 @@ from llama4_quant.scheme import INT4_GROUP_SIZES, KVCacheScheme, Observer, Schem
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+_CALIBRATION_FLAGS = {
+    "data": "--calibration",
+    "num_samples": "--num-calibration-samples",
+    "max_seq_length": "--max-seq-length",
+    "min_tokens_per_expert": "--min-tokens-per-expert",
+    "seed": "--seed",
+    "text_column": "--text-column",
+    "device": "--device",
+    "kv_cache_scheme": "--kv-cache-scheme",
+}
 
 SCHEMES = ", ".join(SchemeName)
 GROUP_SIZES = ", ".join(str(size) for size in INT4_GROUP_SIZES)
@@ -82,6 +94,13 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Tokens of a calibration sample.",
         ),
+        click.option(
+            "--min-tokens-per-expert",
+            type=int,
+            default=0,
+            metavar="N",
+            help="Draw up to three times more samples, and add those that give rarely used experts N tokens each.",
+        ),
         click.option("--seed", type=int, default=0, show_default=True, help="Order of the calibration text."),
         click.option(
             "--text-column",
@@ -105,9 +124,19 @@ def calibration_for(settings: dict[str, Any]) -> Calibration | None:
     Raises:
         UsageError: data without an algorithm that uses it, or numbers that make no sense.
     """
-    names = ("algorithm", "data", "num_samples", "max_seq_length", "seed", "text_column", "device", "kv_cache_scheme")
-    chosen = {name: settings.pop(name) for name in names}
-    algorithm = chosen.pop("algorithm") or (Algorithm.BEST if chosen["data"] else Algorithm.RTN)
+    chosen = {name: settings.pop(name) for name in _CALIBRATION_FLAGS}
+    algorithm = settings.pop("algorithm") or (Algorithm.BEST if chosen["data"] else Algorithm.RTN)
+    context = click.get_current_context()
+    given = [
+        flag
+        for name, flag in _CALIBRATION_FLAGS.items()
+        if context.get_parameter_source(name) not in {ParameterSource.DEFAULT, None}
+    ]
+    if algorithm == Algorithm.RTN and given:
+        raise UsageError(
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for calibration, and rtn rounds to nearest "
+            "without data; give --algorithm best or gptq"
+        )
     return make_calibration(algorithm, **chosen)
 
 

@@ -60,7 +60,7 @@ def dry_run(
     model_parallel: int | None = None,
     max_memory: int | str | None = None,
     workers: int | None = None,
-    kv_cache_scheme: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Say what `convert` would do, without reading a weight.
 
@@ -73,23 +73,23 @@ def dry_run(
         model_parallel: as for `convert`.
         max_memory: as for `convert`.
         workers: as for `convert`.
-        kv_cache_scheme: as for `make_calibration`.
+        calibration: as for `convert`; its data is not opened.
 
     Raises:
         Llama4QuantError: as for `convert`.
     """
     storage, chosen = choose_format(format, scheme)
-    cache = KVCacheScheme.parse(kv_cache_scheme)
+    cache = None if calibration is None else calibration.kv_cache_scheme
     if config_only:
         path = Path(source)
         config = Llama4Config.from_file(path / "config.json" if path.is_dir() else path)
         plan = make_plan(config, chosen, format=storage, model_parallel=model_parallel, kv_cache_scheme=cache)
         output_config(plan)
-        return _planned(plan, str(source), max_memory, workers)
+        return _planned(plan, str(source), max_memory, workers, calibration)
     with open_headers(str(source), revision) as reader:
         plan = _plan(reader, chosen, storage, model_parallel, cache)
         output_config(plan, reader)
-        return _planned(plan, str(source), max_memory, workers)
+        return _planned(plan, str(source), max_memory, workers, calibration)
 
 
 def convert(
@@ -178,8 +178,8 @@ def convert(
         prepared = None
         if calibration is not None:
             _check_calibration(storage, rank, delete_source_shards=delete_source_shards)
+            memory = with_calibration(memory, plan, calibration)
             prepared = prepare(calibration, reader)
-            memory = with_calibration(memory, plan, calibration.solver, max(prepared.lengths))
         if on_plan is not None:
             on_plan(make_report(plan, str(source), memory=memory, backend=backend))
         layout = _layout(plan, shard_size)
@@ -227,9 +227,14 @@ def convert(
             )
 
 
-def _planned(plan: Plan, source: str, max_memory: int | str | None, workers: int | None) -> Report:
+def _planned(
+    plan: Plan, source: str, max_memory: int | str | None, workers: int | None, calibration: Calibration | None
+) -> Report:
     backend = choose_backend()
     memory = plan_memory(plan, work_items(plan), backend, max_memory, workers)
+    if calibration is not None:
+        _check_calibration(plan.format, Rank.from_environment())
+        memory = with_calibration(memory, plan, calibration)
     return make_report(plan, source, memory=memory, backend=backend)
 
 
@@ -289,7 +294,7 @@ def output_config(plan: Plan, reader: CheckpointReader | None = None) -> dict[st
     return config
 
 
-def _check_calibration(storage: CheckpointFormat, rank: Rank, *, delete_source_shards: bool) -> None:
+def _check_calibration(storage: CheckpointFormat, rank: Rank, *, delete_source_shards: bool = False) -> None:
     """Raise UsageError for what does not go with calibration."""
     if storage is not CheckpointFormat.COMPRESSED_TENSORS:
         raise UsageError(f"--format {storage} is written without calibration; use --algorithm rtn")

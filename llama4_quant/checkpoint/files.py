@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llama4_quant.checkpoint.buffers import write_from
 from llama4_quant.errors import OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -133,6 +134,16 @@ def replacing(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, so that a kill or a crash at any moment leaves what was there or all of `data`."""
+    new = path.with_name(f"{path.name}.new")
+    with replacing(new) as descriptor:
+        write_from(descriptor, memoryview(data), 0)
+        os.fsync(descriptor)
+    new.replace(path)
+    sync_folder(path.parent)
 
 
 def has_size(path: Path, nbytes: int) -> bool:

@@ -200,7 +200,9 @@ class Llama4Model(nn.Module):
             raise UsageError(
                 f"pixel_values have shape {list(pixel_values.shape)}, expected [tiles, {', '.join(map(str, expected))}]"
             )
-        tiles = pixel_values.to(device=self.device, dtype=self.dtype)
+        # Where the tower is: calibration gives only that part of a model its weights.
+        device = self.vision_model.class_embedding.device
+        tiles = pixel_values.to(device=device, dtype=self.dtype)
         features: Tensor = self.multi_modal_projector(self.vision_model(tiles).flatten(0, 1))
         return features
 
