@@ -209,11 +209,11 @@ def test_image_features_of_each_model_flow_through(tmp_path: Path, monkeypatch: 
     streams: dict[str, Tensor] = {}
     samples: list[Any] = []
 
-    def watched(opened: Any, corpus: Any, *others: Any) -> None:
-        write_embeddings(opened, corpus, *others)
+    def watched(opened: Any, draw: Any, *others: Any) -> None:
+        write_embeddings(opened, draw, *others)
         whole = slice(0, opened.quantized.num_rows)
         streams.update(quantized=opened.quantized.read(whole), original=opened.original.read(whole))
-        samples.extend(corpus.samples())
+        samples.extend(draw())
 
     monkeypatch.setattr("llama4_quant.calibration.run.write_embeddings", watched)
     exact_matmul(monkeypatch)
