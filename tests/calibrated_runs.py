@@ -81,7 +81,7 @@ def calibrate_and_look(source: Path, out: Path, data: Sequence[str], **settings:
             self._folder,
             sequences.num_rows,
             text.hidden_size,
-            with_original=self._settings.correct,
+            with_original=self._with_original,
             device=torch.device("cpu"),
         )
         with files.open(text.num_hidden_layers) as streams:

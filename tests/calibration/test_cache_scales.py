@@ -161,7 +161,7 @@ def test_two_tensors_a_layer(out: Path) -> None:
 
 
 def test_the_plan_knows_them_before(out: Path) -> None:
-    planned = dry_run(out.parent / "bf16", scheme=preset("W4A16", group_size=32), kv_cache_scheme="fp8")
+    planned = dry_run(out.parent / "bf16", scheme=preset("W4A16", group_size=32), calibration=calibration(out.parent))
     plain = dry_run(out.parent / "bf16", scheme=preset("W4A16", group_size=32))
     assert planned.totals.bytes_out == plain.totals.bytes_out + 4 * 2 * 4
     assert any("KV cache in FP8" in note for note in planned.notes)
@@ -336,7 +336,7 @@ def test_other_formats_have_no_place_for_them(tmp_path: Path) -> None:
     with pytest.raises(SchemeError, match="--format bf16 has no place for scales of a KV cache"):
         convert(bf16, tmp_path / "out", format="bf16", calibration=calibration(tmp_path))
     with pytest.raises(SchemeError, match="--format fbgemm-fp8 has no place"):
-        dry_run(bf16, format="fbgemm-fp8", kv_cache_scheme="fp8")
+        dry_run(bf16, format="fbgemm-fp8", calibration=calibration(tmp_path))
 
 
 def test_a_cache_that_overflows_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
