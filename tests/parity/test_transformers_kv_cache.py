@@ -38,7 +38,7 @@ def test_every_scale_finds_its_place(multimodal: bool, tmp_path: Path) -> None:
     for their_layer, our_layer in zip(layers, ours.model.layers, strict=True):
         scales = our_layer.self_attn.cache_scales
         assert scales is not None
-        assert (float(their_layer.self_attn.k_scale), float(their_layer.self_attn.v_scale)) == (
+        assert (their_layer.self_attn.k_scale.item(), their_layer.self_attn.v_scale.item()) == (
             scales.key,
             scales.value,
         )
