@@ -121,7 +121,7 @@ def convert_command(
         "calibration": calibration,
     }
     if is_dry_run:
-        planned = dry_run(source, config_only=config_only, calibration=calibration, **chosen)
+        planned = dry_run(source, config_only=config_only, **chosen)
         if save_plan is not None:
             save_plan.write_text(json.dumps(planned.to_json(), indent=1) + "\n", encoding="utf-8")
         _show(planned, as_json=as_json)

@@ -84,7 +84,7 @@ def test_convert_json_is_the_report(run: object, source: Path, tmp_path: Path) -
 def test_kv_cache_scales_need_calibration(run: object, source: Path, tmp_path: Path) -> None:
     ran = run("convert", source, "-o", tmp_path / "out", "--group-size", 32, "--kv-cache-scheme", "fp8")
     assert ran.code != 0
-    assert "--kv-cache-scheme fp8: its scales come from calibration data" in ran.err
+    assert "--kv-cache-scheme is for calibration, and rtn rounds to nearest without data" in ran.err
     assert not (tmp_path / "out").exists()
     planned = ("convert", source, "--dry-run", "--group-size", 32, "--json")
     plain = json.loads(run(*planned).out)
