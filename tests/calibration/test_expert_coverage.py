@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from calibrated_runs import calibrate, exact_matmul
-from llama4_quant.calibration.survey import MAX_FACTOR, Survey
 from lopsided_model import NEVER, NUM_EXPERTS, POPULAR, RARE, draw_tokens, expert_of, make_lopsided, router_inputs
 from resilience.resilience_tools import STAGING, contents
 
+from llama4_quant.calibration.expert_survey import MAX_FACTOR, Survey
 from llama4_quant.calibration.weights import Weights
 from llama4_quant.convert import convert
 from llama4_quant.errors import OutputError
