@@ -9,6 +9,7 @@ Shape letters: H residual width, K in, N out.
 from collections.abc import Iterator
 from dataclasses import replace
 
+from llama4_quant.calibration.final_gradient import HEAD_ELEMENTS
 from llama4_quant.calibration.settings import Calibration, SolverSettings
 from llama4_quant.calibration.solve import ROW_ELEMENTS
 from llama4_quant.config import TextConfig
@@ -39,6 +40,8 @@ def with_calibration(memory: MemoryUse, plan: Plan, settings: Calibration) -> Me
         UsageError: the calibration does not fit; the message names the smallest size that does.
     """
     needed = calibration_bytes(plan, settings.solver, settings.corpus.max_seq_length)
+    if settings.target_bits is not None:
+        needed = max(needed, survey_bytes(plan, settings.corpus.max_seq_length))
     if needed > memory.limit:
         raise UsageError(
             f"--max-memory {memory.limit:,} bytes is too little to calibrate: one expert with its Hessian needs "
@@ -58,6 +61,26 @@ def calibration_bytes(plan: Plan, settings: SolverSettings, longest: int) -> int
     base = BASE_BYTES + _SLACK + BYTES_PER_DECISION * len(plan.decisions)
     activations = max(_CHUNKS * _CHUNK_BYTES, 12 * 4 * longest * _widest(text))
     return base + activations + max(_stage_bytes(settings, *stage) for stage in _stages(text))
+
+
+def survey_bytes(plan: Plan, longest: int) -> int:
+    """The most that a survey holds: an expert's three weights, the Gram matrices of both its inputs, gradients, ...
+
+    ... the factor of one Gram matrix with its copies, and a weight's rounding; or a part of the head with its logits.
+    """
+    text = plan.config.text
+    hidden, heads = text.hidden_size, text.num_attention_heads * text.head_dim
+    keys = text.num_key_value_heads * text.head_dim
+    base = BASE_BYTES + _SLACK + BYTES_PER_DECISION * len(plan.decisions)
+    activations = max(_CHUNKS * _CHUNK_BYTES, 24 * 4 * longest * _widest(text))  # autograd keeps what it needs
+    blocks = [(heads, 2 * heads + 2 * keys)]
+    blocks += [(width, 3 * width) for width in (text.intermediate_size, text.intermediate_size_mlp)]
+    largest = max(
+        hidden**2 + inner**2 + _SQUARES * max(hidden, inner) ** 2 + hidden * (total + 6 * max(inner, heads))
+        for inner, total in blocks
+    )
+    head = 3 * min(text.vocab_size * hidden, HEAD_ELEMENTS)
+    return base + activations + 4 * max(largest, head)
 
 
 def _stages(text: TextConfig) -> Iterator[tuple[int, int, int, int, int]]:

@@ -79,6 +79,68 @@ class LayerRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CandidateRecord:
+    """One way to store a unit.
+
+    Attributes:
+        scheme: "int4 g128", "fp8 channel", "bf16", ...
+        bits: stored bits per weight, scales included.
+        predicted_kl: nats per token that it is predicted to cost.
+    """
+
+    scheme: str
+    bits: float
+    predicted_kl: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitRecord:
+    """Weights that share one scheme, and the scheme that was chosen for them.
+
+    Attributes:
+        unit: what they are: a fused module's name (`qkv_proj`, `gate_up_proj`), a layer's experts, or one weight's.
+        num_weights: elements of all of them.
+        chosen: the chosen candidate's `scheme`.
+        candidates: all that were looked at, in order of bits.
+    """
+
+    unit: str
+    num_weights: int
+    chosen: str
+    candidates: tuple[CandidateRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixedPrecisionRecord:
+    """How mixed precision was decided.
+
+    Attributes:
+        target_bits: what was asked for.
+        bits: what is stored: bits of codes (or BF16 values) and scales of all weights in `units`, per weight.
+        predicted_kl: sum over the chosen candidates, nats per token.
+        num_tokens: of the survey.
+        units: in order of the model.
+    """
+
+    target_bits: float
+    bits: float
+    predicted_kl: float
+    num_tokens: int
+    units: tuple[UnitRecord, ...]
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any] | None) -> "MixedPrecisionRecord | None":
+        """The inverse of `dataclasses.asdict`, once the data went through JSON."""
+        if content is None:
+            return None
+        units = tuple(
+            UnitRecord(**{**unit, "candidates": tuple(CandidateRecord(**found) for found in unit["candidates"])})
+            for unit in content["units"]
+        )
+        return cls(**{**content, "units": units})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationReport:
     """A whole calibration.
 
@@ -89,6 +151,7 @@ class CalibrationReport:
         equalized: powers of two were moved between weights, some that stay BF16 among them (calibration/equalize.py).
         layers: a record per decoder layer.
         notes: experts with too little data and what was done about them, and anything else that a user should know.
+        mixed_precision: how schemes were chosen weight by weight; None where all weights have the same.
     """
 
     algorithm: str
@@ -98,6 +161,7 @@ class CalibrationReport:
     equalized: bool
     layers: tuple[LayerRecord, ...]
     notes: tuple[str, ...]
+    mixed_precision: MixedPrecisionRecord | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any] | None) -> "CalibrationReport | None":
@@ -105,4 +169,11 @@ class CalibrationReport:
         if content is None:
             return None
         layers = tuple(LayerRecord.from_json(layer) for layer in content["layers"])
-        return cls(**{**content, "layers": layers, "notes": tuple(content["notes"])})
+        return cls(
+            **{
+                **content,
+                "layers": layers,
+                "notes": tuple(content["notes"]),
+                "mixed_precision": MixedPrecisionRecord.from_json(content["mixed_precision"]),
+            }
+        )

@@ -12,7 +12,8 @@ from llama4_quant.calibration.corpus import Corpus, open_corpus
 from llama4_quant.calibration.coverage import coverage_notes
 from llama4_quant.calibration.embed import write_embeddings, written_tensors
 from llama4_quant.calibration.expert_survey import Choice, Survey
-from llama4_quant.calibration.records import CalibrationReport
+from llama4_quant.calibration.mixed import choose_schemes
+from llama4_quant.calibration.records import CalibrationReport, MixedPrecisionRecord
 from llama4_quant.calibration.sequential import SequentialPass, calibrated_items
 from llama4_quant.calibration.settings import Calibration
 from llama4_quant.calibration.streams import Sequences, Streams, forget_position
@@ -63,6 +64,8 @@ class PreparedCalibration:
         writer: CheckpointWriter,
         backend: Backend,
         progress: Progress | None,
+        *,
+        mixed_precision: MixedPrecisionRecord | None = None,
     ) -> CalibrationReport:
         """Calibrate and write all weights of `items(plan, items)`.
 
@@ -73,6 +76,7 @@ class PreparedCalibration:
             writer: the output.
             backend: rounds weights that see no data.
             progress: called with a weight's name and the source bytes that are done now.
+            mixed_precision: how the plan's schemes were chosen, for the report.
         """
         done = progress or (lambda _what, _num_bytes: None)
         device = torch.device(self.settings.device)
@@ -107,6 +111,32 @@ class PreparedCalibration:
             equalized=self.settings.solver.equalize,
             layers=layers,
             notes=tuple(note for note in (self.corpus.note, choice.note, *coverage_notes(layers)) if note),
+            mixed_precision=mixed_precision,
+        )
+
+    def choose_schemes(
+        self, plan: Plan, reader: CheckpointReader, folder: Path, progress: Progress | None
+    ) -> MixedPrecisionRecord | None:
+        """Measure what each weight needs, and choose schemes; None without `target_bits`.
+
+        Args:
+            plan: with one scheme for all.
+            reader: the source.
+            folder: where temporary files may be.
+            progress: told of each layer.
+        """
+        if self.settings.target_bits is None:
+            return None
+        told = progress or (lambda _what, _num_bytes: None)
+        return choose_schemes(
+            plan,
+            self.settings.target_bits,
+            self.corpus,
+            reader,
+            folder=folder,
+            device=self.settings.device,
+            equalize=self.settings.solver.equalize,
+            done=lambda what: told(what, 0),
         )
 
     def _choose(

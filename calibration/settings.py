@@ -8,6 +8,8 @@ from llama4_quant.calibration.corpus import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_
 from llama4_quant.errors import UsageError
 from llama4_quant.scheme import KVCacheScheme
 
+MIN_TARGET_BITS, MAX_TARGET_BITS = 4, 16
+
 
 class Algorithm(StrEnum):
     """How codes are chosen."""
@@ -58,6 +60,7 @@ class Calibration:
         device: where the arithmetic is done.
         solver: what the algorithm stands for.
         kv_cache_scheme: also find scales of such a KV cache.
+        target_bits: choose schemes weight by weight so that they take at most so many bits; None: all the same.
     """
 
     algorithm: Algorithm
@@ -66,6 +69,7 @@ class Calibration:
     device: str
     solver: SolverSettings
     kv_cache_scheme: KVCacheScheme | None = None
+    target_bits: float | None = None
 
 
 def make_calibration(
@@ -80,6 +84,7 @@ def make_calibration(
     damp_percent: float | None = None,
     device: str = "cpu",
     kv_cache_scheme: str | None = None,
+    target_bits: float | None = None,
 ) -> Calibration | None:
     """Settings for `convert(..., calibration=...)`.
 
@@ -94,6 +99,8 @@ def make_calibration(
         damp_percent: added to the Hessians' diagonals, as a part of their mean; default: the algorithm's.
         device: where the arithmetic is done: "cpu", "cuda", ...
         kv_cache_scheme: "fp8": also find scales of an FP8 KV cache, for the keys and the values of each layer.
+        target_bits: mixed precision: choose among int4 (channel, g128, g64, g32), FP8 and BF16 for each weight, so that
+            they take at most so many bits per weight, scales included.
 
     Raises:
         SchemeError: unknown KV-cache scheme.
@@ -108,6 +115,8 @@ def make_calibration(
                 f"--kv-cache-scheme {cache}: its scales come from calibration data, and rtn uses none; choose "
                 "--algorithm gptq or best, or give --calibration"
             )
+        if target_bits is not None:
+            raise UsageError("--target-bits measures on data what each weight needs; choose --algorithm gptq or best")
         return None
     solver = _SOLVERS[known]
     if damp_percent is not None:
@@ -116,6 +125,11 @@ def make_calibration(
         solver = replace(solver, damp_percent=damp_percent)
     if min_tokens_per_expert < 0:
         raise UsageError(f"min_tokens_per_expert is {min_tokens_per_expert}, expected 0 or more")
+    if target_bits is not None and not MIN_TARGET_BITS <= target_bits < MAX_TARGET_BITS:
+        raise UsageError(
+            f"target_bits is {target_bits}, expected at least {MIN_TARGET_BITS} (int4) and less than {MAX_TARGET_BITS} "
+            "(BF16)"
+        )
     corpus = CalibrationSettings(
         data=tuple(data), num_samples=num_samples, max_seq_length=max_seq_length, seed=seed, text_column=text_column
     )
@@ -126,6 +140,7 @@ def make_calibration(
         device=device,
         solver=solver,
         kv_cache_scheme=cache,
+        target_bits=target_bits,
     )
 
 

@@ -26,6 +26,7 @@ _CALIBRATION_FLAGS = {
     "text_column": "--text-column",
     "device": "--device",
     "kv_cache_scheme": "--kv-cache-scheme",
+    "target_bits": "--target-bits",
 }
 
 SCHEMES = ", ".join(SchemeName)
@@ -69,7 +70,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--algorithm",
             type=click.Choice([algorithm.value for algorithm in Algorithm]),
             help="rtn rounds to nearest; gptq and best keep each layer's output on calibration data. "
-            "[default: best with --calibration, else rtn]",
+            "[default: best with --calibration or --target-bits, else rtn]",
         ),
         click.option(
             "--calibration",
@@ -108,6 +109,12 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Where calibration records have plain text.",
         ),
+        click.option(
+            "--target-bits",
+            type=float,
+            metavar="BITS",
+            help="Choose int4, FP8 or BF16 weight by weight, at most so many bits per weight, scales included.",
+        ),
         click.option("--device", default="cpu", show_default=True, help="Where calibration computes: cpu, cuda, ..."),
         click.option(
             "--kv-cache-scheme",
@@ -125,7 +132,9 @@ def calibration_for(settings: dict[str, Any]) -> Calibration | None:
         UsageError: data without an algorithm that uses it, or numbers that make no sense.
     """
     chosen = {name: settings.pop(name) for name in _CALIBRATION_FLAGS}
-    algorithm = settings.pop("algorithm") or (Algorithm.BEST if chosen["data"] else Algorithm.RTN)
+    algorithm = settings.pop("algorithm") or (
+        Algorithm.BEST if chosen["data"] or chosen["target_bits"] is not None else Algorithm.RTN
+    )
     context = click.get_current_context()
     given = [
         flag

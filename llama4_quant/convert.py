@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 from llama4_quant._version import __version__
 from llama4_quant.architecture import Role
 from llama4_quant.calibration.memory import with_calibration
+from llama4_quant.calibration.mixed import check_target, choices_of, parse_record, units_of
+from llama4_quant.calibration.records import MixedPrecisionRecord
 from llama4_quant.calibration.run import PreparedCalibration, prepare
 from llama4_quant.calibration.settings import Calibration
 from llama4_quant.checkpoint.files import os_errors
@@ -28,7 +30,7 @@ from llama4_quant.checkpoint.layout import Layout, layout_shards, parse_size
 from llama4_quant.checkpoint.meta import MetaReader
 from llama4_quant.checkpoint.paths import DOWNLOAD_NAME, STAGING_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.checkpoint.resume import Job, Resume, parse_resume
+from llama4_quant.checkpoint.resume import Job, Resume, found_fingerprint, parse_resume
 from llama4_quant.checkpoint.source import is_hub_id, open_headers, open_source, side_files
 from llama4_quant.checkpoint.staging import check_output, reserved_bytes
 from llama4_quant.checkpoint.state_dicts import layout_state_dicts
@@ -39,15 +41,17 @@ from llama4_quant.errors import OtherLayoutError, OutputError, QuantizationError
 from llama4_quant.formats import compressed_tensors, fbgemm_fp8
 from llama4_quant.formats.choice import CheckpointFormat, choose_format
 from llama4_quant.formats.meta_params import params_of
-from llama4_quant.plan import Plan, make_plan
-from llama4_quant.quantizers.backend import choose_backend
+from llama4_quant.plan import Choice, Plan, make_plan
+from llama4_quant.quantizers.backend import Backend, choose_backend
 from llama4_quant.ranks import Rank
 from llama4_quant.report import REPORT_NAME, Report, make_report
-from llama4_quant.scheme import KVCacheScheme, Scheme
+from llama4_quant.scheme import KVCacheScheme, Scheme, WeightType
 from llama4_quant.stream import Progress
-from llama4_quant.work import WorkItem, cache_items, plan_memory, work_items
+from llama4_quant.work import MemoryUse, WorkItem, cache_items, plan_memory, work_items
 
 SECONDS_BETWEEN_LOOKS = 0.5
+MIXED_SECTION = "mixed_precision"
+"""Of the fingerprint: what mixed precision chose, so that a resumed conversion goes on with that."""
 
 
 def dry_run(
@@ -73,7 +77,7 @@ def dry_run(
         model_parallel: as for `convert`.
         max_memory: as for `convert`.
         workers: as for `convert`.
-        calibration: as for `convert`; its data is not opened.
+        calibration: as for `convert`; its data is not opened, and what it would choose by measuring is not known.
 
     Raises:
         Llama4QuantError: as for `convert`.
@@ -133,7 +137,7 @@ def convert(
         delete_source_shards: for a Hub id: download, convert and delete shard by shard, so that the disk holds the
             output and a few shards. Local folders and the Hub's cache are never touched.
         calibration: choose codes for the layers' outputs on calibration data instead of rounding to nearest; see
-            `make_calibration`.
+            `make_calibration`. With its `target_bits` weights get different schemes.
         on_plan: called once with what `dry_run` would return, when that is certain and no weight has been read.
         progress: called after each piece of work.
 
@@ -169,22 +173,25 @@ def convert(
     with open_source(
         str(source), revision, download_to=_downloads(out, rank) if delete_source_shards else None
     ) as reader:
-        plan = _plan(
-            reader, chosen, storage, model_parallel, None if calibration is None else calibration.kv_cache_scheme
-        )
-        config = output_config(plan, reader)
-        items, backend = work_items(plan), choose_backend()
-        memory = plan_memory(plan, items, backend, max_memory, workers)
-        prepared = None
+        cache = None if calibration is None else calibration.kv_cache_scheme
+        plan = _plan(reader, chosen, storage, model_parallel, cache)
+        backend = choose_backend()
         if calibration is not None:
-            _check_calibration(storage, rank, delete_source_shards=delete_source_shards)
-            memory = with_calibration(memory, plan, calibration)
-            prepared = prepare(calibration, reader)
+            _check_calibration(calibration, plan, rank, delete_source_shards=delete_source_shards)
+        memory = _memory(plan, backend, max_memory, workers, calibration)
         if on_plan is not None:
             on_plan(make_report(plan, str(source), memory=memory, backend=backend))
+        prepared = mixed = None
+        if calibration is not None:
+            prepared = prepare(calibration, reader)
+            mixed = _mixed_precision(plan, prepared, reader, out, mode, progress)
+        if mixed is not None:
+            plan = _plan(reader, chosen, storage, model_parallel, cache, choices_of(plan, mixed))
+            memory = _memory(plan, backend, max_memory, workers, calibration)
+        config, items = output_config(plan, reader), work_items(plan)
         layout = _layout(plan, shard_size)
         job = Job(
-            fingerprint=_fingerprint(reader, plan, shard_size, prepared),
+            fingerprint=_fingerprint(reader, plan, shard_size, prepared, mixed),
             resume=mode,
             rank=rank.rank,
             world_size=rank.world_size,
@@ -208,7 +215,7 @@ def convert(
             conversion.run(items, left, mine, memory, progress)
             calibrating = None
             if prepared is not None:
-                calibrating = prepared.run(plan, items, reader, writer, backend, progress)
+                calibrating = prepared.run(plan, items, reader, writer, backend, progress, mixed_precision=mixed)
             return _publish(
                 writer,
                 items={item.id for item in items} | {*cache_items(plan, items)},
@@ -230,12 +237,21 @@ def convert(
 def _planned(
     plan: Plan, source: str, max_memory: int | str | None, workers: int | None, calibration: Calibration | None
 ) -> Report:
+    """What a dry run returns."""
     backend = choose_backend()
-    memory = plan_memory(plan, work_items(plan), backend, max_memory, workers)
     if calibration is not None:
-        _check_calibration(plan.format, Rank.from_environment())
-        memory = with_calibration(memory, plan, calibration)
-    return make_report(plan, source, memory=memory, backend=backend)
+        _check_calibration(calibration, plan, Rank.from_environment())
+    memory = _memory(plan, backend, max_memory, workers, calibration)
+    report = make_report(plan, source, memory=memory, backend=backend)
+    bits = None if calibration is None else calibration.target_bits
+    if bits is None:
+        return report
+    check_target(units_of(plan), bits)
+    note = (
+        f"--target-bits {bits:g}: weights of the decoder will get int4, FP8 or BF16 one by one, once they have been "
+        "measured; shown is one scheme for all"
+    )
+    return dataclasses.replace(report, notes=(*report.notes, note))
 
 
 def _require_room(repository: str, revision: str | None, out: Path, output_bytes: int) -> None:
@@ -257,11 +273,20 @@ def _plan(
     storage: CheckpointFormat,
     model_parallel: int | None,
     kv_cache_scheme: KVCacheScheme | None,
+    choices: Mapping[str, Choice] | None = None,
 ) -> Plan:
     if storage is CheckpointFormat.META_FP8 and model_parallel is None and isinstance(reader, MetaReader):
         model_parallel = reader.num_ranks
     config = Llama4Config.from_dict(reader.config)
-    return make_plan(config, scheme, reader.tensors, storage, model_parallel, kv_cache_scheme)
+    return make_plan(config, scheme, reader.tensors, storage, model_parallel, kv_cache_scheme, choices=choices)
+
+
+def _memory(
+    plan: Plan, backend: Backend, max_memory: int | str | None, workers: int | None, calibration: Calibration | None
+) -> MemoryUse:
+    """What a plan takes, calibration included."""
+    memory = plan_memory(plan, work_items(plan), backend, max_memory, workers)
+    return memory if calibration is None else with_calibration(memory, plan, calibration)
 
 
 def _layout(plan: Plan, max_shard_size: int) -> Layout:
@@ -286,6 +311,11 @@ def output_config(plan: Plan, reader: CheckpointReader | None = None) -> dict[st
             section.update({key: "bfloat16" for key in ("torch_dtype", "dtype") if key in section})
     if plan.format is CheckpointFormat.FBGEMM_FP8:
         config["quantization_config"] = fbgemm_fp8.quantization_config(plan.ignore)
+    elif plan.is_mixed:
+        schemes = {d.name: d.scheme for d in plan.decisions if d.scheme is not None}
+        config["quantization_config"] = compressed_tensors.mixed_quantization_config(
+            schemes, plan.ignore, plan.kv_cache_scheme
+        )
     elif plan.scheme is not None:
         heads = [d.name for d in plan.decisions if d.role is Role.LM_HEAD and d.scheme is not None]
         config["quantization_config"] = compressed_tensors.quantization_config(
@@ -294,8 +324,40 @@ def output_config(plan: Plan, reader: CheckpointReader | None = None) -> dict[st
     return config
 
 
-def _check_calibration(storage: CheckpointFormat, rank: Rank, *, delete_source_shards: bool = False) -> None:
+def _mixed_precision(
+    plan: Plan,
+    prepared: PreparedCalibration,
+    reader: CheckpointReader,
+    out: Path,
+    mode: Resume,
+    progress: Progress | None,
+) -> MixedPrecisionRecord | None:
+    """The schemes that an interrupted conversion in `out` has chosen, or those that a survey gives now.
+
+    A resumed conversion never chooses again: another choice would be another output.
+    """
+    if prepared.settings.target_bits is None:
+        return None
+    found = None if mode is Resume.NEVER else found_fingerprint(out / STAGING_NAME)
+    if found is not None:
+        if found.get(MIXED_SECTION) is None:
+            raise OutputError(
+                f"{out}: the unfinished conversion in it was begun without --target-bits; run it as it was begun, or "
+                "give --resume never to delete it and start anew"
+            )
+        record = parse_record(found[MIXED_SECTION])
+        # With what is asked for now, so that another target is refused as all other differences are.
+        return dataclasses.replace(record, target_bits=prepared.settings.target_bits)
+    with os_errors(f"{out.parent}: cannot be created"):
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    return prepared.choose_schemes(plan, reader, out.resolve().parent, progress)
+
+
+def _check_calibration(calibration: Calibration, plan: Plan, rank: Rank, *, delete_source_shards: bool = False) -> None:
     """Raise UsageError for what does not go with calibration."""
+    storage, scheme = plan.format, plan.scheme
+    if calibration.target_bits is not None and (scheme is None or scheme.weights.type is not WeightType.INT4):
+        raise UsageError("--target-bits chooses each weight's scheme from int4 up; drop --scheme, or give W4A16")
     if storage is not CheckpointFormat.COMPRESSED_TENSORS:
         raise UsageError(f"--format {storage} is written without calibration; use --algorithm rtn")
     if rank.world_size > 1:
@@ -307,7 +369,11 @@ def _check_calibration(storage: CheckpointFormat, rank: Rank, *, delete_source_s
 
 
 def _fingerprint(
-    reader: CheckpointReader, plan: Plan, max_shard_size: int, prepared: PreparedCalibration | None
+    reader: CheckpointReader,
+    plan: Plan,
+    max_shard_size: int,
+    prepared: PreparedCalibration | None,
+    mixed: MixedPrecisionRecord | None,
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the output."""
     copied = {path.name: _sha256(path) for path in side_files(reader.path)}
@@ -320,6 +386,7 @@ def _fingerprint(
             **({} if plan.model_parallel is None else {"model_parallel": plan.model_parallel}),
         },
         **({} if prepared is None else {"calibration": prepared.fingerprint}),
+        **({} if mixed is None else {MIXED_SECTION: dataclasses.asdict(mixed)}),
         "version": {"llama4_quant": __version__},
     }
 

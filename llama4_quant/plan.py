@@ -114,6 +114,14 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A scheme that was chosen for one weight by measuring (mixed precision); None leaves it in BF16."""
+
+    scheme: WeightScheme | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorPlan:
     """One source tensor and the decisions about its parts, in stored order."""
 
@@ -130,6 +138,7 @@ class Plan:
         notes: what a user should know about where the result can be loaded.
         model_parallel: in Meta's layout, the number of ranks.
         kv_cache_scheme: the checkpoint has calibrated scales for such a cache; None: it has none.
+        is_mixed: some weights had their scheme chosen one by one.
     """
 
     config: Llama4Config
@@ -139,12 +148,15 @@ class Plan:
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS
     model_parallel: int | None = None
     kv_cache_scheme: KVCacheScheme | None = None
+    is_mixed: bool = False
 
     @property
     def label(self) -> str:
         """For tables and messages: scheme and format."""
         if self.scheme is None:
             return str(self.format)
+        if self.is_mixed:
+            return f"mixed precision ({', '.join(dict.fromkeys(d.stored_as for d in self.decisions if d.scheme))})"
         is_default = self.format is CheckpointFormat.COMPRESSED_TENSORS
         return self.scheme.label if is_default else f"{self.scheme.label}, {self.format}"
 
@@ -181,6 +193,8 @@ def make_plan(
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,  # noqa: A002 - the flag's name
     model_parallel: int | None = None,
     kv_cache_scheme: KVCacheScheme | None = None,
+    *,
+    choices: Mapping[str, Choice] | None = None,
 ) -> Plan:
     """Decide about every weight.
 
@@ -192,6 +206,8 @@ def make_plan(
         format: how the output is stored; see `choose_format` for the schemes that go with it.
         model_parallel: for Meta's layout: the number of ranks; default: 8, or the largest of 4, 2, 1 that fits.
         kv_cache_scheme: add scales of such a KV cache; for compressed-tensors.
+        choices: for mixed precision: by name of a linear weight, what to store it as instead of `scheme`. Weights that
+            `scheme` leaves alone stay alone.
 
     Raises:
         SchemeError: a role that the model lacks, a pattern that matches nothing, a weight that does not fit the scheme
@@ -210,6 +226,7 @@ def make_plan(
         roles=_roles(scheme.quantize if scheme else (), specs),
         ignored=_match_ignore(scheme.ignore if scheme else (), linear_specs(config)),
         num_layers=config.text.num_hidden_layers if format is CheckpointFormat.META_FP8 else None,
+        choices=choices or {},
     )
     dtypes = {spec.name: entries[spec.name].dtype if entries else "BF16" for spec in specs}
     if ranks is None:
@@ -224,6 +241,7 @@ def make_plan(
         format=format,
         model_parallel=ranks,
         kv_cache_scheme=kv_cache_scheme,
+        is_mixed=bool(choices),
     )
     _check_experts_agree(plan)
     if scheme is not None and not any(decision.scheme for decision in plan.decisions):
@@ -286,12 +304,14 @@ class _Chooser:
     Attributes:
         ignored: from names of linear weights to the pattern that caught them.
         num_layers: layers of the decoder, if Meta's loader decides what is quantized.
+        choices: schemes chosen weight by weight.
     """
 
     scheme: Scheme | None
     roles: frozenset[Role]
     ignored: Mapping[str, str]
     num_layers: int | None = None
+    choices: Mapping[str, Choice]
 
     def choose(self, linear: LinearSpec) -> tuple[WeightScheme | None, str]:
         if self.scheme is None:
@@ -299,6 +319,11 @@ class _Chooser:
         weights, kept = self.scheme.weights, self._kept(linear)
         if kept is not None:
             return None, kept
+        chosen = self.choices.get(linear.name)
+        if chosen is not None:
+            if chosen.scheme is not None:
+                chosen.scheme.check_divides(linear.name, linear.in_features)
+            return chosen.scheme, chosen.reason
         is_qkv = linear.role is Role.ATTENTION and not linear.name.endswith(".o_proj")
         if is_qkv and weights.strategy is Strategy.BLOCK:
             return None, "vLLM permutes rows of q and k, which breaks blocks; v is fused with them"

@@ -91,12 +91,24 @@ def can_continue(folder: Path, job: Job, *, alone: bool) -> bool:
         if job.resume is Resume.REQUIRED or not alone:
             raise OutputError(f"{folder.parent}: there is nothing to resume here; run without --resume required")
         return False
-    with os_errors(f"{path}: cannot be read"):
-        found = parse_json(read_own(path, MAX_JSON_BYTES), str(path), OutputError)
+    found = found_fingerprint(folder)
     differences = tuple(_differences(found, json.loads(canonical_json(job.fingerprint))))
     if differences:
         raise OutputError(_refusal(folder.parent, differences))
     return True
+
+
+def found_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """The fingerprint of the job that is in a staging folder; None if there is none.
+
+    Raises:
+        OutputError: it cannot be read, or is no JSON object.
+    """
+    path = folder / FINGERPRINT_NAME
+    if not os.path.lexists(path):
+        return None
+    with os_errors(f"{path}: cannot be read"):
+        return parse_json(read_own(path, MAX_JSON_BYTES), str(path), OutputError)
 
 
 def source_facts(tensors: Mapping[str, TensorEntry], others: Sequence[Path]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from llama4_quant.checkpoint.layout import OutputTensor
 from llama4_quant.errors import CheckpointError
 from llama4_quant.formats.quantization_config import (
     ParsedQuantization,
+    mixed_quantization_config,
     parse_quantization_config,
     quantization_config,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "encode",
     "encode_packed",
     "encode_rows",
+    "mixed_quantization_config",
     "output_tensors",
     "parse_quantization_config",
     "quantization_config",

@@ -1,11 +1,16 @@
-"""`quantization_config` of config.json in compressed-tensors' spelling: written for one scheme, read for many.
+"""`quantization_config` of config.json in compressed-tensors' spelling, written and read.
 
-What is written is what llm-compressor 0.14 writes (compressed-tensors 0.19): one group that targets every Linear, and
-an `ignore` list of full names. What is read is wider: several groups, targets by class, name or `re:` pattern, presets
-by name, formats per group or for all, older spellings. Whatever this project cannot store or run is refused by name,
-since a setting that is skipped silently gives a model that computes something else.
+What is written for one scheme is what llm-compressor 0.14 writes (compressed-tensors 0.19): one group that targets
+every Linear, and an `ignore` list of full names. Several schemes are a group each, whose targets are full names and,
+for the experts of layers, a pattern. They never are "Linear": vLLM compares the class of a fused module (qkv_proj,
+gate_up_proj) before the names of its parts, so a group with "Linear" would catch the parts of all others.
+
+What is read is wider: several groups, targets by class, name or `re:` pattern, presets by name, formats per group or
+for all, older spellings. Whatever this project cannot store or run is refused by name, since a setting that is skipped
+silently gives a model that computes something else.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -31,6 +36,8 @@ from llama4_quant.scheme import (
 LAYOUT_VERSION = "0.19.0"
 QUANT_METHOD = "compressed-tensors"
 LINEAR = "Linear"
+MIXED = "mixed-precision"
+"""What stands for the format of the whole where groups have different ones."""
 SUPPORTED = "W4A16 (symmetric int4, group or channel), FP8_DYNAMIC and FP8_BLOCK"
 
 _WHERE = "config.json: quantization_config"
@@ -41,6 +48,7 @@ _FORMATS = {
 }
 _FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 _CACHE_DEFAULTS = _FP8_CACHE | {"type": "int"}
+_EXPERT = re.compile(r"(?P<prefix>.*\blayers\.)(?P<layer>\d+)\.feed_forward\.experts\.\d+\.(?:gate|up|down)_proj")
 _FP8_ACTIVATIONS = {Strategy.CHANNEL: ("token", None), Strategy.BLOCK: ("group", FP8_BLOCK_SIZE)}
 
 
@@ -95,17 +103,34 @@ def quantization_config(
             (but a ParallelLMHead), so the class name alone would not reach it.
         kv_cache_scheme: of a KV cache whose scales are in the checkpoint.
     """
-    storage = _FORMATS[scheme.weights.type][0]
-    group = {
-        "format": storage,
-        "input_activations": _activation_arguments(scheme.weights),
-        "output_activations": None,
-        "targets": [LINEAR, *heads],
-        "weights": _weight_arguments(scheme.weights),
-    }
+    return _config([_group(scheme.weights, [LINEAR, *heads])], ignore, kv_cache_scheme)
+
+
+def mixed_quantization_config(
+    schemes: Mapping[str, WeightScheme], ignore: Sequence[str], kv_cache_scheme: KVCacheScheme | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint whose linear modules do not all have the same scheme.
+
+    Args:
+        schemes: of every quantized linear module by full name, in order of the model.
+        ignore: full names of exactly the linear modules that are not quantized.
+        kv_cache_scheme: of a KV cache whose scales are in the checkpoint.
+    """
+    names: dict[WeightScheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        names.setdefault(scheme, []).append(name)
+    return _config(
+        [_group(scheme, _short_targets(members)) for scheme, members in names.items()], ignore, kv_cache_scheme
+    )
+
+
+def _config(
+    groups: Sequence[Mapping[str, Any]], ignore: Sequence[str], kv_cache_scheme: KVCacheScheme | None
+) -> dict[str, Any]:
+    formats = {group["format"] for group in groups}
     return {
-        "config_groups": {"group_0": group},
-        "format": storage,
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "global_compression_ratio": None,
         "ignore": list(ignore),
         "kv_cache_scheme": None if kv_cache_scheme is None else _arguments(**_FP8_CACHE, observer="static_minmax"),
@@ -115,6 +140,33 @@ def quantization_config(
         "transform_config": {},
         "version": LAYOUT_VERSION,
     }
+
+
+def _group(scheme: WeightScheme, targets: Sequence[str]) -> dict[str, Any]:
+    return {
+        "format": _FORMATS[scheme.type][0],
+        "input_activations": _activation_arguments(scheme),
+        "output_activations": None,
+        "targets": list(targets),
+        "weights": _weight_arguments(scheme),
+    }
+
+
+def _short_targets(names: Sequence[str]) -> list[str]:
+    """Full names; those of routed experts, of which Maverick has nine thousand, as one pattern for all layers.
+
+    All experts of a layer have one scheme, so a layer's number is all that the pattern has to tell apart.
+    """
+    found = [(name, _EXPERT.fullmatch(name)) for name in names]
+    layers: dict[str, list[str]] = {}
+    for _, expert in found:
+        if expert is not None and expert["layer"] not in layers.setdefault(expert["prefix"], []):
+            layers[expert["prefix"]].append(expert["layer"])
+    patterns = [
+        rf"re:{re.escape(prefix)}(?:{'|'.join(numbers)})\.feed_forward\.experts\.\d+\.(?:gate|up|down)_proj$"
+        for prefix, numbers in layers.items()
+    ]
+    return [*(name for name, expert in found if expert is None), *patterns]
 
 
 def parse_quantization_config(config: Mapping[str, Any]) -> ParsedQuantization:
