@@ -1,6 +1,6 @@
 """Speed of the quantizers in GB of bf16 source a second, plain and compiled, beside a plain copy of the same bytes.
 
-python tests/benchmarks/quantizers.py [--output FILE.json] [--rows N] [--repeats N]
+python tests/benchmarks/quantizers.py [--output FILE.json] [--rows N] [--repeats N] [--skip-plain]
 
 One weight is an expert's projection of Llama 4 at real width, 8192 x 5120: a slice of the fused tensor as stored
 (transposed), or a matrix of its own (contiguous). From source to packed codes, scales and error sums. With two threads
@@ -15,7 +15,6 @@ a quarter or half.
 import argparse
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from synthetic import cpu_name
 from torch import Tensor
 
 from llama4_quant.quantizers.backend import Backend, BackendName, choose_backend
@@ -50,18 +50,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--rows", type=int, default=8192, help="outputs of the weight")
     parser.add_argument("--repeats", type=int, default=5, help="of which the best counts")
+    parser.add_argument("--skip-plain", action="store_true", help="leave out the plain path, which takes the longest")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     started = time.perf_counter()
     backend = choose_backend()
     seconds = time.perf_counter() - started
-    print(f"{_cpu_name()}, {os.cpu_count()} cores; torch {torch.__version__}")
+    print(f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}")
     print(f"compiled kernels: {backend.name} ({backend.detail}); ready in {seconds:.1f} s")
     results = _limits(options.rows, options.repeats)
     for scheme in _schemes():
         for layout, weights in _weights(options.rows).items():
-            results.append(_result(scheme, layout, weights, backend, options.repeats))
+            results.append(_result(scheme, layout, weights, backend, options.repeats, skip_plain=options.skip_plain))
     _print(results)
     if options.output:
         _write(options.output, backend, seconds, results)
@@ -96,7 +97,9 @@ def _limits(num_rows: int, repeats: int) -> list[Result]:
     return results
 
 
-def _result(scheme: Scheme, layout: str, weights: list[Tensor], backend: Backend, repeats: int) -> Result:
+def _result(
+    scheme: Scheme, layout: str, weights: list[Tensor], backend: Backend, repeats: int, *, skip_plain: bool
+) -> Result:
     def speeds(of: Backend, times: int) -> dict[int, float]:
         pairs = zip(weights, buffers, strict=True)
         tasks: list[Callable[[], object]] = [partial(of.quantize, w, scheme.weights, out) for w, out in pairs]
@@ -104,7 +107,7 @@ def _result(scheme: Scheme, layout: str, weights: list[Tensor], backend: Backend
 
     shape = (weights[0].shape[0], weights[0].shape[1])
     buffers = [torch.empty(code_bytes(shape, scheme.weights), dtype=torch.uint8) for _ in THREADS]
-    plain = speeds(choose_backend(BackendName.PLAIN), 1)
+    plain = {} if skip_plain else speeds(choose_backend(BackendName.PLAIN), 1)
     compiled = speeds(backend, repeats) if backend.name is BackendName.COMPILED else {}
     alone = partial(backend.quantize, weights[0], scheme.weights, buffers[0])
     cpu = _gigabytes(weights[0]) / min(_cpu_seconds(alone) for _ in range(repeats))
@@ -148,7 +151,7 @@ def _print(results: list[Result]) -> None:
 
 def _write(path: Path, backend: Backend, seconds: float, results: list[Result]) -> None:
     report = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "backend": backend.name,
@@ -158,12 +161,6 @@ def _write(path: Path, backend: Backend, seconds: float, results: list[Result]) 
         "results": [asdict(result) for result in results],
     }
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
