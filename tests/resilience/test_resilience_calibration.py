@@ -77,7 +77,12 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, after: int,
 
 
 def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+    """As Ctrl-C; jobs in the background of a shell start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
