@@ -51,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--algorithm", "best", "--min-tokens-per-expert", "-1"], "expected 0 or more"),
         (["--algorithm", "gptq", "--format", "bf16"], "bf16"),
         (["--algorithm", "gptq", "--format", "fbgemm-fp8"], "--format fbgemm-fp8 is written without calibration"),
-        (["--algorithm", "gptq", "--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--algorithm", "gptq", "--calibration", "nowhere.txt", "--max-seq-length", "64"], "nowhere.txt"),
         (["--algorithm", "gptq", "--num-calibration-samples", "0"], "expected an integer of at least 1"),
         (["--algorithm", "gptq", "--max-seq-length", "100000"], "positions"),
         (["--algorithm", "gptq", "--device", "nowhere"], "device 'nowhere' cannot be used here"),
