@@ -17,7 +17,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
-_CALIBRATION_FLAGS = {
+CALIBRATION_FLAGS = {
     "data": "--calibration",
     "num_samples": "--num-calibration-samples",
     "max_seq_length": "--max-seq-length",
@@ -131,14 +131,14 @@ def calibration_for(settings: dict[str, Any]) -> Calibration | None:
     Raises:
         UsageError: data without an algorithm that uses it, or numbers that make no sense.
     """
-    chosen = {name: settings.pop(name) for name in _CALIBRATION_FLAGS}
+    chosen = {name: settings.pop(name) for name in CALIBRATION_FLAGS}
     algorithm = settings.pop("algorithm") or (
         Algorithm.BEST if chosen["data"] or chosen["target_bits"] is not None else Algorithm.RTN
     )
     context = click.get_current_context()
     given = [
         flag
-        for name, flag in _CALIBRATION_FLAGS.items()
+        for name, flag in CALIBRATION_FLAGS.items()
         if context.get_parameter_source(name) not in {ParameterSource.DEFAULT, None}
     ]
     if algorithm == Algorithm.RTN and given:
