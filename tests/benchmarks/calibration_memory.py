@@ -37,9 +37,9 @@ baseline = peak()
 from llama4_quant.calibration.settings import make_calibration
 from llama4_quant.convert import convert, dry_run
 from llama4_quant.scheme import preset
-source, out, data, scheme, group_size, algorithm, length = sys.argv[1:]
+source, out, data, scheme, group_size, algorithm, length, *quantize = sys.argv[1:]
 group = {} if scheme != "W4A16" else {"group_size": int(group_size)}
-scheme = preset(scheme, quantize=["attention"], **group)
+scheme = preset(scheme, quantize=quantize, **group)
 calibration = make_calibration(algorithm, data=[data], max_seq_length=int(length))
 cap = dry_run(source, scheme=scheme, calibration=calibration, workers=1, max_memory="100GiB").memory.smallest
 started = time.perf_counter()
@@ -86,13 +86,14 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Peak memory of a calibrated conversion against its prediction.")
-    parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--intermediate", type=int, default=8192)
     parser.add_argument("--num-samples", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--quantize", nargs="*", default=[], help="attention, for more and longer work")
     parser.add_argument("--algorithms", nargs="+", default=["gptq", "best"])
     parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
@@ -111,6 +112,7 @@ def main() -> None:
         print(f"{'algorithm':>10} {'predicted MiB':>14} {'measured MiB':>13} {'seconds':>8}", flush=True)
         for algorithm in options.algorithms:
             arguments = (source, out, data, options.scheme, options.group_size, algorithm, options.length)
+            arguments = (*arguments, *options.quantize)
             done = subprocess.run(
                 [sys.executable, "-c", CHILD, *map(str, arguments)], check=False, capture_output=True, text=True
             )
