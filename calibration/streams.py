@@ -97,7 +97,7 @@ class StreamFiles:
         try:
             content = parse_json(read_own(self.folder / _STATE_NAME, MAX_JSON_BYTES), _STATE_NAME)
             records = tuple(LayerRecord.from_json(record) for record in content["records"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         is_whole = [record.layer for record in records] == list(range(len(records)))
         return Position(records=records) if is_whole else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama4_quant.calibration import solve as solve_module
 from llama4_quant.calibration.gptq import BLOCK, Scales, coordinate_descent, factor, gptq, refit_scales
-from llama4_quant.calibration.hessian import Moments, corrected
+from llama4_quant.calibration.hessian import ENOUGH_ROWS, Moments, corrected
 from llama4_quant.calibration.scales import search_scales, solver_scales, stored_scales
 from llama4_quant.calibration.settings import SolverSettings
 from llama4_quant.calibration.solve import Solver
@@ -244,13 +244,13 @@ def test_the_corrected_weight_solves_the_stacked_problem(num_rows: int, with_out
 
     root = counts.double().sqrt().numpy()[:, None]
     rows = root * quantized.double().numpy()
-    ridge = 0.02 * max(1.0, num_inputs / num_rows) * (rows**2).sum(axis=0).mean()
+    ridge = 0.02 * max(1.0, ENOUGH_ROWS * num_inputs / num_rows) * (rows**2).sum(axis=0).mean()
     target = root * (x.double() @ weight.double().T + (0 if wanted is None else wanted.double())).numpy()
     design = np.concatenate([rows, math.sqrt(ridge) * np.eye(num_inputs)])
     stacked = np.concatenate([target, math.sqrt(ridge) * weight.double().numpy().T])
     expected = np.linalg.lstsq(design, stacked, rcond=None)[0].T
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
-    assert np.abs(found - weight.numpy()).max() > 0.02 * np.abs(expected).max()  # it did change
+    assert np.abs(found - weight.numpy()).max() > 2e-3 * np.abs(expected).max()  # it did change
 
 
 def test_a_weight_without_drift_is_left_alone() -> None:
