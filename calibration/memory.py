@@ -60,7 +60,13 @@ def calibration_bytes(plan: Plan, settings: SolverSettings, longest: int) -> int
     text = plan.config.text
     base = BASE_BYTES + _SLACK + BYTES_PER_DECISION * len(plan.decisions)
     activations = max(_CHUNKS * _CHUNK_BYTES, 12 * 4 * longest * _widest(text))
-    return base + activations + max(_stage_bytes(settings, *stage) for stage in _stages(text))
+    return base + activations + max(_vision_bytes(plan), *(_stage_bytes(settings, *stage) for stage in _stages(text)))
+
+
+def _vision_bytes(plan: Plan) -> int:
+    """The vision tower in BF16, which is there while image features are made, and one of its weights on the way in."""
+    sizes = [d.num_weights for d in plan.decisions if d.name.startswith(("vision_model.", "multi_modal_projector."))]
+    return 2 * sum(sizes) + 6 * max(sizes, default=0)
 
 
 def survey_bytes(plan: Plan, longest: int) -> int:
