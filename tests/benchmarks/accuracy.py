@@ -3,6 +3,7 @@
     python tests/benchmarks/accuracy.py --peer-python PEER/bin/python            # W4A16, on the sample model
     python tests/benchmarks/accuracy.py --peer-python ... --scheme FP8_DYNAMIC
     python tests/benchmarks/accuracy.py --only ours,llmc-gptq --model DIR --calibration A.txt --held-out B.txt
+    python tests/benchmarks/accuracy.py ablation                                 # what each part of `best` buys
     python tests/benchmarks/accuracy.py mixed --target-bits 4.125,4.25,4.5,5,6   # KL over bits against uniform schemes
 
 PEER is a virtual environment with llmcompressor (torch first: `pip install torch==2.13.0`, then `pip install
@@ -14,7 +15,8 @@ seconds of the whole process and of the conversion alone, CPU seconds of the pro
 machine at the start.
 
 Conversions and scores are cached in --work; a second run only does what is missing. Times are those of the run that
-wrote the checkpoint: for good ones, rerun rows with --fresh on a quiet machine.
+wrote the checkpoint: for good ones, rerun rows with --fresh on a quiet machine. Under FP8_DYNAMIC a last line says
+what rounding the activations costs alone (accuracy_kit/activation_limit.py).
 """
 
 import argparse
@@ -25,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accuracy_kit import checkpoint_facts, tokens
+from accuracy_kit.ablation import ablation_contenders
+from accuracy_kit.activation_limit import activation_limit
 from accuracy_kit.contenders import Contender, System, choose, contenders
 from accuracy_kit.conversions import Setting, checkpoint_digest
 from accuracy_kit.judge import Judge
@@ -59,8 +63,12 @@ def main() -> None:
     )
     rows = run(options, wanted, chosen)
     found = conclude(options, rows)
+    limit = None
+    if options.scheme == "FP8_DYNAMIC":
+        limit = activation_limit(options.model, wanted.held_out_WL, options.roles)
+        print(f"KL with exact weights, activations rounded to FP8: {limit:.6f}")
     if options.output is not None:
-        write(options, wanted, rows, found)
+        write(options, wanted, rows, found, limit)
     failed = [row.name for row in rows if row.problem is not None and row.system == System.OURS]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
@@ -69,6 +77,8 @@ def all_contenders(options: argparse.Namespace) -> tuple[Contender, ...]:
     """The table's or the curve's."""
     if options.what == "mixed":
         return mixed_contenders(options.target_bits, options.roles)
+    if options.what == "ablation":
+        return ablation_contenders(options.scheme, options.group_size, options.roles)
     return contenders(options.scheme, options.group_size, options.roles)
 
 
@@ -108,7 +118,13 @@ def conclude(options: argparse.Namespace, rows: Sequence[Row]) -> list[Verdict]:
     return found
 
 
-def write(options: argparse.Namespace, wanted: tokens.Tokens, rows: Sequence[Row], found: Sequence[Verdict]) -> None:
+def write(
+    options: argparse.Namespace,
+    wanted: tokens.Tokens,
+    rows: Sequence[Row],
+    found: Sequence[Verdict],
+    limit: float | None,
+) -> None:
     """All numbers as JSON."""
     report = {
         "when": time.strftime("%Y-%m-%d"),
@@ -123,13 +139,14 @@ def write(options: argparse.Namespace, wanted: tokens.Tokens, rows: Sequence[Row
         "seed": options.seed,
         "rows": [row.to_json() for row in rows],
         "verdicts": [verdict.line for verdict in found],
+        "activation_limit": limit,
     }
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["table", "mixed"], default="table")
+    parser.add_argument("what", nargs="?", choices=["table", "mixed", "ablation"], default="table")
     parser.add_argument("--model", type=Path, default=SAMPLE_DIR, help="BF16 Llama4ForConditionalGeneration")
     parser.add_argument("--calibration", type=Path, nargs="+", default=[], help="text files; default: the sample's")
     parser.add_argument("--held-out", type=Path, nargs="+", default=[], help="text files; default: the sample's")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.accuracy_kit import conversions, tokens, worker_llmcompressor
+from benchmarks.accuracy_kit.ablation import ablation_contenders
+from benchmarks.accuracy_kit.activation_limit import activation_limit
 from benchmarks.accuracy_kit.checkpoint_facts import ROLES, Facts, WrongCheckpointError, inspect, targets
 from benchmarks.accuracy_kit.child_process import ChildFailedError, run
 from benchmarks.accuracy_kit.contenders import TEXT_LINEARS, Contender, System, choose, contenders
@@ -317,3 +319,26 @@ def test_config_of_the_fixture_has_what_the_roles_name(source: Path) -> None:
     wanted = targets(Llama4Config.from_dict(multimodal_config()), ALL)
     assert len(wanted) == 4 * 4 + 2 * 3 + 2 * (3 + 4 * 3)  # attention; dense MLP; shared and routed experts
     assert len(targets(Llama4Config.from_dict(multimodal_config()), ROLES["feed-forward"])) == len(wanted) - 16
+
+
+def test_the_ablation_converts_with_the_settings_that_it_names(tmp_path: Path, source: Path) -> None:
+    known = ablation_contenders("W4A16", 32, "all-text-linears")
+    assert len({contender.name for contender in known}) == len(known)
+    assert len({json.dumps(contender.settings) for contender in known}) == len(known)
+    (without,) = choose(["ours-best-no-correction"], known)
+    ids = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = tmp_path / "tokens.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids), encoding="utf-8")
+    setting = conversions.Setting(
+        model=source, model_digest="m", tokens=rows, tokens_digest="t", seed=0, cache=tmp_path / "cache", pythons={}
+    )
+    made = conversions.convert(without, setting)
+    report = json.loads((made.checkpoint / "quantization_report.json").read_text(encoding="utf-8"))
+    assert report["calibration"]["algorithm"] == "best"
+    assert all(layer["relative_error"] is None for layer in report["calibration"]["layers"])  # one model runs
+
+
+def test_rounded_activations_alone_cost_something_that_grows_with_the_roles() -> None:
+    windows_WL = torch.randint(3, 2000, (2, 32), generator=torch.Generator().manual_seed(0))
+    all_linears, feed_forward = (activation_limit(SAMPLE_DIR, windows_WL, roles) for roles in ROLES)
+    assert 0 < feed_forward < all_linears < 0.1

@@ -25,6 +25,8 @@ WORKERS = {
     System.LLM_COMPRESSOR: Path(__file__).with_name("worker_llmcompressor.py"),
     System.AUTO_ROUND: Path(__file__).with_name("worker_autoround.py"),
 }
+OUR_WORKER = Path(__file__).with_name("worker_ours.py").resolve()
+"""For settings of ours that have no name on the command line."""
 DISTRIBUTIONS = {System.LLM_COMPRESSOR: "llmcompressor", System.AUTO_ROUND: "auto-round"}
 OUR_SOURCES = ("llama4_quant", "cli", "calibration")
 PRINT_VERSIONS = """
@@ -118,14 +120,28 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def _convert_ours(contender: Contender, setting: Setting, folder: Path) -> dict[str, Any]:
-    arguments = our_arguments(contender.settings["arguments"], setting.tokens)
     out = folder / "checkpoint"
-    command = [sys.executable, "-m", "llama4_quant.cli", "convert", setting.model, "-o", out, *arguments]
-    finished = run(command, log=folder / "log.txt", cwd=REPOSITORY)
+    if "job" in contender.settings:
+        command = [sys.executable, OUR_WORKER, _write_job(contender, setting, folder)]
+    else:
+        arguments = our_arguments(contender.settings["arguments"], setting.tokens)
+        command = [sys.executable, "-m", "llama4_quant.cli", "convert", setting.model, "-o", out, *arguments]
+    # Python puts a script's folder first in its path, not the working directory.
+    finished = run(command, log=folder / "log.txt", cwd=REPOSITORY, env={"PYTHONPATH": str(REPOSITORY)})
     report = json.loads((out / "quantization_report.json").read_text(encoding="utf-8"))
     return {
         **asdict(finished), "steps": {"convert": report["seconds"]}, "threads": os.environ.get("OMP_NUM_THREADS"),
     }  # fmt: skip
+
+
+def _write_job(contender: Contender, setting: Setting, folder: Path) -> Path:
+    job = folder / "job.json"
+    described = {
+        "model": str(setting.model.resolve()), "tokens": str(setting.tokens.resolve()),
+        "output": str((folder / "checkpoint").resolve()), **contender.settings["job"],
+    }  # fmt: skip
+    job.write_text(json.dumps(described), encoding="utf-8")
+    return job.resolve()
 
 
 def our_arguments(arguments: Sequence[str], tokens: Path) -> list[str]:
