@@ -321,8 +321,8 @@ def test_config_of_the_fixture_has_what_the_roles_name(source: Path) -> None:
     assert len(targets(Llama4Config.from_dict(multimodal_config()), ROLES["feed-forward"])) == len(wanted) - 16
 
 
-def test_the_ablation_converts_with_the_settings_that_it_names(tmp_path: Path, source: Path) -> None:
-    known = ablation_contenders("W4A16", 32, "all-text-linears")
+def test_the_ablation_converts_with_the_settings_that_it_names(tmp_path: Path) -> None:
+    known = ablation_contenders("W4A16", 64, "all-text-linears")
     assert len({contender.name for contender in known}) == len(known)
     assert len({json.dumps(contender.settings) for contender in known}) == len(known)
     (without,) = choose(["ours-best-no-correction"], known)
@@ -330,7 +330,7 @@ def test_the_ablation_converts_with_the_settings_that_it_names(tmp_path: Path, s
     rows = tmp_path / "tokens.jsonl"
     rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids), encoding="utf-8")
     setting = conversions.Setting(
-        model=source, model_digest="m", tokens=rows, tokens_digest="t", seed=0, cache=tmp_path / "cache", pythons={}
+        model=SAMPLE_DIR, model_digest="m", tokens=rows, tokens_digest="t", seed=0, cache=tmp_path / "cache", pythons={}
     )
     made = conversions.convert(without, setting)
     report = json.loads((made.checkpoint / "quantization_report.json").read_text(encoding="utf-8"))
