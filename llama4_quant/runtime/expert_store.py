@@ -10,7 +10,7 @@ Both can be told what comes next: while one expert works, the next one is read.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,9 +19,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llama4_quant.architecture import LinearSpec
+from llama4_quant.checkpoint.layout import parse_size
+from llama4_quant.checkpoint.meta import MetaReader
+from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.tensor_files import TensorFiles
 from llama4_quant.errors import UsageError
-from llama4_quant.runtime.expert_tensors import Expert, ExpertPart, ExpertWeights, map_parts, num_bytes, read_parts
+from llama4_quant.runtime.expert_tensors import (
+    Expert,
+    ExpertPart,
+    ExpertWeights,
+    fused_parts,
+    map_parts,
+    num_bytes,
+    read_parts,
+    stored_parts,
+)
+from llama4_quant.stored import StoredWeight
+from llama4_quant.work import machine_memory
 
 
 @dataclass(kw_only=True, slots=True)
@@ -178,3 +193,72 @@ class CachedExperts:
             with suppress(Exception):  # it is not wanted any more
                 oldest.weights.result()
         return oldest.memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offload:
+    """How routed experts stay in the file.
+
+    Attributes:
+        cache_bytes: memory for the most recently used ones; None leaves it to the kernel's page cache.
+    """
+
+    cache_bytes: int | None
+
+    @classmethod
+    def parse(cls, offload: str | None, expert_cache: int | str | None, scheme: object) -> "Offload | None":
+        """What a user chose, as of `load`; None for experts in memory.
+
+        Raises:
+            UsageError: unknown, or settings that contradict each other.
+        """
+        if offload is None:
+            if expert_cache is not None:
+                raise UsageError("--expert-cache is memory for offloaded experts; add --offload experts, or drop it")
+            return None
+        if offload != "experts":
+            raise UsageError(f"offload {offload!r} is unknown; what can be left in the file is 'experts'")
+        if scheme is not None:
+            raise UsageError(
+                "--offload runs experts from the file as they are stored there, so they cannot be quantized while "
+                "loading; convert the checkpoint first (llama4-quant convert), and give the result without --scheme"
+            )
+        return cls(cache_bytes=None if expert_cache is None else parse_size(expert_cache))
+
+    def of_quantized(
+        self, reader: CheckpointReader, weights: Iterable[StoredWeight], dtype: torch.dtype, device: torch.device
+    ) -> ExpertStore:
+        """The store for a quantized checkpoint."""
+        return self._store(reader, stored_parts(weights, reader.tensors, dtype), self.cache_bytes, device)
+
+    def of_source(
+        self, reader: CheckpointReader, linears: Iterable[LinearSpec], dtype: torch.dtype, device: torch.device
+    ) -> ExpertStore:
+        """The store for a BF16 checkpoint in Hugging Face layout.
+
+        Raises:
+            UsageError: it is in Meta's layout.
+        """
+        if isinstance(reader, MetaReader):
+            raise UsageError(
+                f"{reader.path}: experts of a checkpoint in Meta's layout lie in pieces and cannot be run from the "
+                "file; convert it first (llama4-quant convert --format bf16, or quantized)"
+            )
+        cache_bytes = machine_memory() // 4 if self.cache_bytes is None else self.cache_bytes
+        return self._store(reader, fused_parts(linears, reader.tensors, dtype), cache_bytes, device)
+
+    @staticmethod
+    def _store(
+        reader: CheckpointReader,
+        parts: Mapping[Expert, Sequence[ExpertPart]],
+        cache_bytes: int | None,
+        device: torch.device,
+    ) -> ExpertStore:
+        files = TensorFiles.of(reader, {part.entry.name for of_expert in parts.values() for part in of_expert})
+        if cache_bytes is None:
+            return MappedExperts(parts, files)
+        try:
+            return CachedExperts(parts, files, cache_bytes, pin_memory=device.type == "cuda")
+        except UsageError:
+            files.close()
+            raise

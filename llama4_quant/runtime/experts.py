@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llama4_quant.config import TextConfig
-from llama4_quant.errors import SchemeError
 from llama4_quant.runtime.linear import Builder, WeightStorage
+from llama4_quant.runtime.offload import OffloadedExperts
 from llama4_quant.scheme import WeightType
 
 
@@ -67,16 +67,7 @@ def make_stack(
     Raises:
         SchemeError: the experts are not all stored the same way, or the scheme does not divide the inputs.
     """
-    names = [builder.child(f"{expert}.{projection}").name for expert in range(num_experts)]
-    scheme = builder.scheme_of(names[0])
-    for name in names:
-        if builder.scheme_of(name) != scheme:
-            raise SchemeError(
-                f"{name} is stored as {builder.scheme_of(name)}, but {names[0]} as {scheme}; the experts of a layer "
-                "are stacked and must share one scheme: quantize all of them or none"
-            )
-    if scheme is not None:
-        scheme.check_divides(names[0], in_features)
+    scheme = builder.common_scheme(projection, num_experts, in_features)
     kind = _STACKS[None if scheme is None else scheme.type]
     name = builder.child(projection).name
     return kind(builder, name, scheme, out_features, in_features, num_experts=num_experts)
@@ -122,7 +113,8 @@ class MixtureOfExperts(nn.Module):
         self.num_experts = config.num_local_experts
         self.experts_per_token = config.num_experts_per_tok
         self.router = builder.linear("router", config.num_local_experts, config.hidden_size)
-        self.experts = RoutedExperts(config, builder.child("experts"))
+        experts = builder.child("experts")
+        self.experts = OffloadedExperts(config, experts) if builder.offload_experts else RoutedExperts(config, experts)
         self.shared_expert = MLP(builder.child("shared_expert"), config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:

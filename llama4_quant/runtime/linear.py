@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4_quant import ops
+from llama4_quant.errors import SchemeError
 from llama4_quant.scheme import SchemeLookup, WeightScheme, WeightType
 
 
@@ -198,6 +199,7 @@ class Builder:
         device: where to allocate; meta allocates nothing.
         scheme_of: how each linear weight is stored, by its name in the checkpoint.
         kernel: the backend that weights are to run on, or auto.
+        offload_experts: routed experts get no place here, they stay in the file.
         name: the name in the checkpoint of the module under construction.
     """
 
@@ -205,6 +207,7 @@ class Builder:
     device: torch.device
     scheme_of: SchemeLookup
     kernel: ops.Kernel = ops.Kernel.AUTO
+    offload_experts: bool = False
     name: str = ""
 
     def child(self, name: str) -> "Builder":
@@ -228,3 +231,21 @@ class Builder:
             scheme.check_divides(full_name, in_features)
         kind = _LINEARS[None if scheme is None else scheme.type]
         return kind(self, full_name, scheme, out_features, in_features, bias=bias)
+
+    def common_scheme(self, projection: str, num_experts: int, in_features: int) -> WeightScheme | None:
+        """How one projection of all experts of a layer is stored.
+
+        Raises:
+            SchemeError: the experts are not all stored the same way, or the scheme does not divide the inputs.
+        """
+        names = [self.child(f"{expert}.{projection}").name for expert in range(num_experts)]
+        scheme = self.scheme_of(names[0])
+        for name in names:
+            if self.scheme_of(name) != scheme:
+                raise SchemeError(
+                    f"{name} is stored as {self.scheme_of(name)}, but {names[0]} as {scheme}; the experts of a layer "
+                    "share one scheme: quantize all of them or none"
+                )
+        if scheme is not None:
+            scheme.check_divides(names[0], in_features)
+        return scheme

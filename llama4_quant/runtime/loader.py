@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llama4_quant.architecture import LinearSpec
+from llama4_quant.architecture import LinearSpec, Role, linear_specs
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
@@ -20,6 +20,7 @@ from llama4_quant.plan import make_plan
 from llama4_quant.quantizers.backend import Backend, choose_backend
 from llama4_quant.runtime.attention import Attention
 from llama4_quant.runtime.cache import CacheScales
+from llama4_quant.runtime.expert_store import Offload
 from llama4_quant.runtime.head import HeadFiller, head_scheme, refuse_second_scheme
 from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.scheme import Scheme, WeightScheme, preset
@@ -46,6 +47,8 @@ def load(
     attention: str = "sdpa",
     kernel: str = "auto",
     lm_head: str | None = None,
+    offload: str | None = None,
+    expert_cache: int | str | None = None,
     progress: Progress | None = None,
 ) -> Llama4Model:
     """Load a Llama 4 for inference.
@@ -61,12 +64,17 @@ def load(
         kernel: what multiplies with the weights: "native", "torch", "reference", or "auto" for the first of these that
             can, weight by weight; `model.kernels()` says what it became.
         lm_head: quantize the head while loading, whatever else is quantized: "int8" or "int4".
+        offload: "experts": leave routed experts in the checkpoint's files, which have to stay where they are, and read
+            them when tokens are routed to them: for models larger than memory.
+        expert_cache: with `offload`: bytes of memory, or a size such as "8GiB", for the most recently used experts.
+            Default: the kernel's page cache decides; for a BF16 checkpoint, whose experts have to be turned over, a
+            quarter of the machine's memory.
         progress: called after each piece of work.
 
     Raises:
         Llama4QuantError: not a usable checkpoint, or settings that do not fit it.
     """
-    target = _placement(device, dtype, attention, kernel, lm_head)
+    target = _placement(device, dtype, attention, kernel, lm_head, Offload.parse(offload, expert_cache, scheme))
     with open_source(str(path_or_id), revision) as reader:
         config = Llama4Config.from_dict(reader.config)
         if scheme is None and quantization_section(config) is not None:
@@ -75,8 +83,11 @@ def load(
         model = target.model(config, {decision.name: decision.scheme for decision in plan.decisions})
         filler = _Filler(model, progress, target.head, None if scheme is None else choose_backend())
         for tensor in plan.tensors:
-            for piece in read_pieces(reader, tensor):
-                filler.put_piece(piece)
+            if not (target.offload and tensor.spec.role is Role.ROUTED_EXPERT):
+                for piece in read_pieces(reader, tensor):
+                    filler.put_piece(piece)
+        if target.offload:
+            model.attach_experts(target.offload.of_source(reader, linear_specs(config), model.dtype, model.device))
         model.repack()
         return model
 
@@ -92,6 +103,7 @@ class _Target:
 
     Attributes:
         head: how the head is to be stored, None as the checkpoint has it.
+        offload: how routed experts stay in the file; None in memory.
     """
 
     def __init__(
@@ -101,9 +113,10 @@ class _Target:
         attention: Attention,
         kernel: Kernel,
         head: WeightScheme | None,
+        offload: Offload | None,
     ) -> None:
         self._device, self._dtype, self._attention, self._kernel = device, dtype, attention, kernel
-        self.head = head
+        self.head, self.offload = head, offload
 
     def model(self, config: Llama4Config, schemes: Mapping[str, WeightScheme | None]) -> Llama4Model:
         """A model with uninitialized weights, whose linear weights are stored as `schemes` says by name."""
@@ -116,6 +129,7 @@ class _Target:
             attention=self._attention,
             kernel=self._kernel,
             lm_head=self.head,
+            offload_experts=self.offload is not None,
         )
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
         try:
@@ -133,6 +147,7 @@ def _placement(
     attention: str,
     kernel: str = "auto",
     lm_head: str | None = None,
+    offload: Offload | None = None,
 ) -> _Target:
     """Check what a user chose, before a file is opened."""
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -146,7 +161,7 @@ def _placement(
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!s} cannot be used here: {str(error).splitlines()[0]}") from error
     assert chosen is not None
-    return _Target(place, chosen, Attention(attention), Kernel.parse(kernel), head_scheme(lm_head))
+    return _Target(place, chosen, Attention(attention), Kernel.parse(kernel), head_scheme(lm_head), offload)
 
 
 def _load_quantized(
@@ -156,7 +171,10 @@ def _load_quantized(
     model = target.model(config, {weight.name: weight.scheme for weight in weights})
     filler = _Filler(model, progress, target.head)
     for weight in weights:
-        filler.put_stored(weight, reader)
+        if not (target.offload and weight.role is Role.ROUTED_EXPERT):
+            filler.put_stored(weight, reader)
+    if target.offload:
+        model.attach_experts(target.offload.of_quantized(reader, weights, model.dtype, model.device))
     for layer, (key, value) in enumerate(cache_scale_names(config, reader.tensors)):
         scales = CacheScales(key=read_cache_scale(reader, key), value=read_cache_scale(reader, value))
         model.use_cache_scales(layer, scales)

@@ -18,6 +18,7 @@ the model once.
 Shape letters: B batch, H hidden, T new tokens, V vocabulary.
 """
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
@@ -32,8 +33,11 @@ from llama4_quant.architecture import LinearSpec, Llama4Config
 from llama4_quant.errors import UsageError
 from llama4_quant.runtime.attention import Attention, TextAttention
 from llama4_quant.runtime.cache import CacheScales, KVCache
+from llama4_quant.runtime.expert_store import ExpertStore
+from llama4_quant.runtime.experts import MixtureOfExperts
 from llama4_quant.runtime.linear import Builder, WeightStorage
-from llama4_quant.runtime.text import TextModel
+from llama4_quant.runtime.offload import OffloadedExperts
+from llama4_quant.runtime.text import DecoderLayer, TextModel
 from llama4_quant.runtime.vision import Projector, VisionModel
 from llama4_quant.scheme import SchemeLookup, WeightScheme
 
@@ -56,6 +60,7 @@ class Llama4Model(nn.Module):
     Attributes:
         config: what the model was built from.
         dtype: compute dtype. Changing it later with `.to(dtype)` would also cast scales; build another model instead.
+        expert_store: where offloaded experts are; None where they are in memory.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Llama4Model(nn.Module):
         attention: Attention | str = Attention.SDPA,
         kernel: ops.Kernel | str = ops.Kernel.AUTO,
         lm_head: WeightScheme | None = None,
+        offload_experts: bool = False,
     ) -> None:
         """Allocate uninitialized storage.
 
@@ -80,6 +86,7 @@ class Llama4Model(nn.Module):
             kernel: what runs the weights: a backend, or `auto` for the first that can, weight by weight.
             lm_head: store the head like this, whatever `scheme_of` says; one that is tied to the embeddings gets
                 storage of its own.
+            offload_experts: routed experts get no storage; `attach_experts` says where they are.
 
         Raises:
             SchemeError: a scheme does not fit a weight, or experts of one layer differ in theirs.
@@ -88,8 +95,15 @@ class Llama4Model(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.expert_store: ExpertStore | None = None
         chosen = ops.Kernel.parse(kernel)
-        builder = Builder(dtype=dtype, device=torch.device(device), scheme_of=scheme_of, kernel=chosen)
+        builder = Builder(
+            dtype=dtype,
+            device=torch.device(device),
+            scheme_of=scheme_of,
+            kernel=chosen,
+            offload_experts=offload_experts,
+        )
         text_builder = builder.child(config.prefix.removesuffix(".")) if config.prefix else builder
         text = config.text
         self.model = TextModel(text, text_builder.child("model"), Attention(attention))
@@ -121,7 +135,23 @@ class Llama4Model(nn.Module):
 
     def kernels(self) -> tuple[ops.KernelCount, ...]:
         """Which backend runs how many weights, by operator, and why none that comes first in the table."""
-        return ops.count_kernels(weight.choice for weight in self._weights() if weight.choice is not None)
+        choices = [weight.choice for weight in self._weights() if weight.choice is not None]
+        offloaded = (module for module in self.modules() if isinstance(module, OffloadedExperts))
+        return ops.count_kernels([*choices, *(choice for module in offloaded for choice in module.choices.values())])
+
+    def attach_experts(self, store: ExpertStore) -> None:
+        """Say where offloaded experts are; the store is closed with the model."""
+        moe = [
+            (number, layer.feed_forward)
+            for number, layer in enumerate(self.model.layers)
+            if isinstance(layer, DecoderLayer) and isinstance(layer.feed_forward, MixtureOfExperts)
+        ]
+        following = [(number, feed_forward.router) for number, feed_forward in moe[1:]]
+        for (number, feed_forward), after in zip(moe, [*following, None], strict=True):
+            assert isinstance(feed_forward.experts, OffloadedExperts)
+            feed_forward.experts.attach(store, number, after)
+        self.expert_store = store
+        weakref.finalize(self, store.close)
 
     def _weights(self) -> Iterator[WeightStorage]:
         return (module for module in self.modules() if isinstance(module, WeightStorage))
@@ -256,7 +286,7 @@ def materialize(root: nn.Module, device: torch.device | str) -> None:
             module.register_parameter(name, nn.Parameter(placed, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer.to(device), persistent=False)
-        if isinstance(module, WeightStorage):
+        if isinstance(module, WeightStorage | OffloadedExperts):
             module.choose(torch.device(device))
 
 
