@@ -98,7 +98,7 @@ def _write_features(file: RowFile, samples: Samples, model: Llama4Model) -> None
 
 def _vision_model(plan: Plan, scheme_of: SchemeLookup, tensors_of: TensorOf) -> Llama4Model:
     """A model of which only the vision tower and the projector have weights."""
-    model = Llama4Model(plan.config, scheme_of=scheme_of, device="meta")
+    model = Llama4Model(plan.config, scheme_of=scheme_of, device="meta", kernel="reference")
     materialize(model.vision_model, "cpu")
     materialize(model.multi_modal_projector, "cpu")
     plain = model.plain_targets()

@@ -38,6 +38,8 @@ class WeightType(StrEnum):
     """The number format of the codes."""
 
     INT4 = "int4"
+    INT8 = "int8"
+    """For a head that is quantized while loading; no checkpoint has it."""
     FP8 = "fp8"
 
 
@@ -46,7 +48,7 @@ class WeightScheme:
     """Storage of one [out, in] weight.
 
     Attributes:
-        type: INT4 (signed codes -8..7, eight to an int32) or FP8 (e4m3fn).
+        type: INT4 (signed codes -8..7, eight to an int32), INT8 (codes -127..127) or FP8 (e4m3fn).
         strategy: which weights share a scale.
         group_size: inputs per scale for `Strategy.GROUP`, else None.
         observer: how scales are chosen; it does not change the layout.
@@ -60,6 +62,7 @@ class WeightScheme:
     def __post_init__(self) -> None:
         allowed = {
             WeightType.INT4: (Strategy.GROUP, Strategy.CHANNEL),
+            WeightType.INT8: (Strategy.CHANNEL,),
             WeightType.FP8: (Strategy.CHANNEL, Strategy.BLOCK),
         }
         if self.strategy not in allowed[self.type] or (self.group_size is None) == (self.strategy is Strategy.GROUP):

@@ -105,6 +105,10 @@ class CheckpointReader:
         """What decides, beside the files of `tensors`, what is read."""
         return (self.path / CONFIG_NAME,)
 
+    def duplicate(self, path: Path) -> int:
+        """Another descriptor of one of the files of `tensors`, for the caller to close."""
+        return os.dup(self._descriptors[path])
+
     def read(self, name: str, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """The whole tensor, in its stored dtype, in a fresh buffer or in `out` (same shape and dtype, contiguous).
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from llama4_quant.errors import QuantizationError
-from llama4_quant.quantizers import fp8, int4
+from llama4_quant.quantizers import fp8, int4, int8
 from llama4_quant.quantizers.grid import CodeGrid
 from llama4_quant.quantizers.lanes import rows_per_scale, scheme_chunks, spread_scale, to_lanes
 from llama4_quant.quantizers.search import choose_scales
 from llama4_quant.scheme import Observer, WeightScheme, WeightType
 
+_GRIDS = {WeightType.INT4: int4.GRID, WeightType.INT8: int8.GRID, WeightType.FP8: fp8.GRID}
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -32,9 +33,9 @@ class QuantizedWeight:
     """One quantized [out, in] weight, N = out_features, K = in_features.
 
     Attributes:
-        codes: [N, K]; int8 with values -8..7 for INT4, float8_e4m3fn for FP8.
-        scale: shape `scheme.scale_shape(N, K)`. As made by `quantize_weight`: bf16 for INT4, float32 (of bf16 values)
-            for FP8. A foreign checkpoint may bring another float dtype for INT4.
+        codes: [N, K]; int8 for INT4 (values -8..7) and INT8, float8_e4m3fn for FP8.
+        scale: shape `scheme.scale_shape(N, K)`. As made by `quantize_weight`: bf16 for INT4 and INT8, float32 (of bf16
+            values) for FP8. A foreign checkpoint may bring another float dtype for INT4.
         scheme: how the two belong together.
     """
 
@@ -105,7 +106,7 @@ def dequantize_weight(quantized: QuantizedWeight, dtype: torch.dtype = torch.bfl
 
 def grid_of(scheme: WeightScheme) -> CodeGrid:
     """The codes that `scheme` stores."""
-    return int4.GRID if scheme.type is WeightType.INT4 else fp8.GRID
+    return _GRIDS[scheme.type]
 
 
 def check_weight(weight: Tensor, scheme: WeightScheme) -> None:

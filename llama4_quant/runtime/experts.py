@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llama4_quant import ops
 from llama4_quant.config import TextConfig
-from llama4_quant.errors import SchemeError
 from llama4_quant.runtime.linear import Builder, WeightStorage
+from llama4_quant.runtime.offload import OffloadedExperts
 from llama4_quant.scheme import WeightType
 
 
@@ -28,7 +27,7 @@ class DenseStack(WeightStorage):
 
     def forward(self, x_RK: Tensor, rows_per_expert: Tensor) -> Tensor:
         """Rows sorted by expert -> [R, N]."""
-        return ops.grouped_dense(x_RK, rows_per_expert, self.weight)
+        return self.call(x_RK, rows_per_expert, self.weight)
 
 
 class Int4Stack(WeightStorage):
@@ -39,7 +38,7 @@ class Int4Stack(WeightStorage):
 
     def forward(self, x_RK: Tensor, rows_per_expert: Tensor) -> Tensor:
         """Rows sorted by expert -> [R, N]."""
-        return ops.grouped_int4(x_RK, rows_per_expert, self.weight_packed, self.weight_scale)
+        return self.call(x_RK, rows_per_expert, self.weight_packed, self.weight_scale)
 
 
 class Fp8Stack(WeightStorage):
@@ -50,7 +49,14 @@ class Fp8Stack(WeightStorage):
 
     def forward(self, x_RK: Tensor, rows_per_expert: Tensor) -> Tensor:
         """Rows sorted by expert -> [R, N]."""
-        return ops.grouped_fp8(x_RK, rows_per_expert, self.weight, self.weight_scale)
+        return self.call(x_RK, rows_per_expert, self.weight, self.weight_scale)
+
+
+_STACKS: dict[WeightType | None, type[WeightStorage]] = {
+    None: DenseStack,
+    WeightType.INT4: Int4Stack,
+    WeightType.FP8: Fp8Stack,
+}
 
 
 def make_stack(
@@ -61,20 +67,10 @@ def make_stack(
     Raises:
         SchemeError: the experts are not all stored the same way, or the scheme does not divide the inputs.
     """
-    names = [builder.child(f"{expert}.{projection}").name for expert in range(num_experts)]
-    scheme = builder.scheme_of(names[0])
-    for name in names:
-        if builder.scheme_of(name) != scheme:
-            raise SchemeError(
-                f"{name} is stored as {builder.scheme_of(name)}, but {names[0]} as {scheme}; the experts of a layer "
-                "are stacked and must share one scheme: quantize all of them or none"
-            )
-    if scheme is None:
-        kind: type[WeightStorage] = DenseStack
-    else:
-        scheme.check_divides(names[0], in_features)
-        kind = Int4Stack if scheme.type is WeightType.INT4 else Fp8Stack
-    return kind(scheme, out_features, in_features, dtype=builder.dtype, device=builder.device, num_experts=num_experts)
+    scheme = builder.common_scheme(projection, num_experts, in_features)
+    kind = _STACKS[None if scheme is None else scheme.type]
+    name = builder.child(projection).name
+    return kind(builder, name, scheme, out_features, in_features, num_experts=num_experts)
 
 
 class MLP(nn.Module):
@@ -117,7 +113,8 @@ class MixtureOfExperts(nn.Module):
         self.num_experts = config.num_local_experts
         self.experts_per_token = config.num_experts_per_tok
         self.router = builder.linear("router", config.num_local_experts, config.hidden_size)
-        self.experts = RoutedExperts(config, builder.child("experts"))
+        experts = builder.child("experts")
+        self.experts = OffloadedExperts(config, experts) if builder.offload_experts else RoutedExperts(config, experts)
         self.shared_expert = MLP(builder.child("shared_expert"), config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,8 +125,11 @@ class MixtureOfExperts(nn.Module):
 
     def _routed(self, x_TH: Tensor) -> Tensor:
         experts_R, scores_R = self._route(x_TH)
+        rows_per_expert = _count(experts_R, self.num_experts)
+        if experts_R.shape[0] == 1:  # one token, one expert: nothing to sort
+            y_TH: Tensor = self.experts(x_TH * scores_R.unsqueeze(-1), rows_per_expert)
+            return y_TH
         order_R = experts_R.argsort(stable=True)
-        rows_per_expert = torch.bincount(experts_R, minlength=self.num_experts)
         sorted_RH = x_TH[order_R // self.experts_per_token] * scores_R[order_R].unsqueeze(-1)
         y_sorted_RH = self.experts(sorted_RH, rows_per_expert)
         y_RH = torch.empty_like(y_sorted_RH)
@@ -143,3 +143,10 @@ class MixtureOfExperts(nn.Module):
         # The sigmoid is taken in fp32, then rounded: a bf16 sigmoid would lose digits of the score.
         scores_Tk = top_Tk.float().sigmoid().to(logits_TE.dtype)
         return experts_Tk.flatten(), scores_Tk.flatten()
+
+
+def _count(experts_R: Tensor, num_experts: int) -> Tensor:
+    """How many rows each expert has: [E] int64."""
+    # Not `bincount`: the size of its result may vary, which breaks a compiled graph.
+    counts_E = experts_R.new_zeros(num_experts)
+    return counts_E.scatter_add_(0, experts_R, torch.ones_like(experts_R))

@@ -2,18 +2,19 @@
 
 A layer's parameters have the names, shapes and dtypes of a compressed-tensors checkpoint: `weight`, or `weight_packed`
 and `weight_scale`. They are allocated uninitialized (on the meta device, if asked) and filled by a loader; nothing is
-trainable and no dequantized copy is kept.
+trainable and no dequantized copy is kept. When a weight gets its place, its layer chooses the kernel that will run.
 
 Shape letters: G groups, K in, N out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from llama4_quant import ops
+from llama4_quant.errors import SchemeError
 from llama4_quant.scheme import SchemeLookup, WeightScheme, WeightType
 
 
@@ -27,6 +28,9 @@ def stored_tensors(
     if scheme.type is WeightType.INT4:
         packed_shape = (out_features, -(-in_features // 8))
         return {"weight_packed": (packed_shape, torch.int32), "weight_scale": (scale_shape, torch.bfloat16)}
+    if scheme.type is WeightType.INT8:
+        codes_shape = (out_features, in_features)
+        return {"weight": (codes_shape, torch.int8), "weight_scale": (scale_shape, torch.bfloat16)}
     return {"weight": ((out_features, in_features), torch.float8_e4m3fn), "weight_scale": (scale_shape, torch.float32)}
 
 
@@ -35,24 +39,75 @@ class WeightStorage(nn.Module):
 
     Attributes:
         stored_names: names of the parameters that make up the weight (a bias is not among them).
+        choice: the kernel that will run; None as long as the weight has no place, on the meta device.
+        call: what `forward` calls.
     """
+
+    choice: ops.Choice | None
+    call: Callable[..., Tensor]
 
     def __init__(
         self,
+        builder: "Builder",
+        name: str,
         scheme: WeightScheme | None,
         out_features: int,
         in_features: int,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
         num_experts: int | None = None,
     ) -> None:
+        """Allocate.
+
+        Args:
+            builder: dtype, device and kernel.
+            name: of the weight, for messages.
+            scheme: how it is stored.
+            out_features: N.
+            in_features: K.
+            num_experts: E of a stack, None for one weight.
+
+        Raises:
+            UsageError: the kernel that the builder asks for cannot run this weight.
+        """
         super().__init__()
         leading = () if num_experts is None else (num_experts,)
-        layout = stored_tensors(scheme, out_features, in_features, dtype)
-        for name, (shape, stored_dtype) in layout.items():
-            self.register_parameter(name, empty_parameter((*leading, *shape), stored_dtype, device))
+        layout = stored_tensors(scheme, out_features, in_features, builder.dtype)
+        for tensor, (shape, stored_dtype) in layout.items():
+            self.register_parameter(tensor, empty_parameter((*leading, *shape), stored_dtype, builder.device))
         self.stored_names = tuple(layout)
+        self._kernel = builder.kernel
+        self._use = ops.Use(
+            name=name,
+            scheme=scheme,
+            out_features=out_features,
+            in_features=in_features,
+            dtype=builder.dtype,
+            device=builder.device,
+            num_experts=num_experts,
+        )
+        self.choose(builder.device)
+
+    def choose(self, device: torch.device) -> None:
+        """Choose the kernel for a device, where the weight is from now on.
+
+        Raises:
+            UsageError: the kernel asked for cannot run this weight there.
+        """
+        self._use = replace(self._use, device=device)
+        self.choice = None if device.type == "meta" else ops.choose(self._kernel, self._use)
+        if self.choice is None or self.choice.repacks:
+            # Before `repack` the bytes are the stored ones, which the reference takes.
+            self.call = ops.overload(self._use.operator, ops.Kernel.REFERENCE)
+        else:
+            self.call = self.choice.call
+
+    def repack(self) -> None:
+        """Once the weight is filled: put it in the order that its kernel wants, if that is not the stored one."""
+        if self.choice is None or not self.choice.repacks or self.call is self.choice.call:
+            return
+        for name, tensor in zip(self.stored_names, ops.repack_int4(*self.stored().values()), strict=True):
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.call = self.choice.call
 
     def stored(self, expert: int | None = None) -> dict[str, Tensor]:
         """The tensors of this weight, or views of one expert's part of them, by their names on disk."""
@@ -67,16 +122,16 @@ class Linear(WeightStorage):
 
     def __init__(
         self,
+        builder: "Builder",
+        name: str,
         scheme: WeightScheme | None,
         out_features: int,
         in_features: int,
         *,
         bias: bool,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
-        super().__init__(scheme, out_features, in_features, dtype=dtype, device=device)
-        self.register_parameter("bias", empty_parameter((out_features,), dtype, device) if bias else None)
+        super().__init__(builder, name, scheme, out_features, in_features)
+        self.register_parameter("bias", builder.parameter(out_features) if bias else None)
 
 
 class DenseLinear(Linear):
@@ -86,7 +141,7 @@ class DenseLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        return functional.linear(x, self.weight, self.bias)
+        return self.call(x, self.weight, self.bias)
 
 
 class Int4Linear(Linear):
@@ -97,7 +152,18 @@ class Int4Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        return ops.linear_int4(x, self.weight_packed, self.weight_scale, self.bias)
+        return self.call(x, self.weight_packed, self.weight_scale, self.bias)
+
+
+class Int8Linear(Linear):
+    """`weight` int8 [N, K] and `weight_scale` bf16 [N, 1]."""
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return self.call(x, self.weight, self.weight_scale, self.bias)
 
 
 class Fp8Linear(Linear):
@@ -108,24 +174,15 @@ class Fp8Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]; activations are rounded to FP8 token by token."""
-        return ops.linear_fp8(x, self.weight, self.weight_scale, self.bias)
+        return self.call(x, self.weight, self.weight_scale, self.bias)
 
 
-def make_linear(
-    scheme: WeightScheme | None,
-    out_features: int,
-    in_features: int,
-    *,
-    bias: bool = False,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Linear:
-    """An uninitialized linear layer of the right class for `scheme`."""
-    if scheme is None:
-        kind: type[Linear] = DenseLinear
-    else:
-        kind = Int4Linear if scheme.type is WeightType.INT4 else Fp8Linear
-    return kind(scheme, out_features, in_features, bias=bias, dtype=dtype, device=device)
+_LINEARS: dict[WeightType | None, type[Linear]] = {
+    None: DenseLinear,
+    WeightType.INT4: Int4Linear,
+    WeightType.INT8: Int8Linear,
+    WeightType.FP8: Fp8Linear,
+}
 
 
 def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -135,18 +192,22 @@ def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Builder:
-    """What a module needs to allocate its weights: where, in which dtype, and how each is stored.
+    """What a module needs to allocate its weights: where, in which dtype, how each is stored, and what runs it.
 
     Attributes:
         dtype: the model's compute dtype; unquantized weights have it too.
         device: where to allocate; meta allocates nothing.
         scheme_of: how each linear weight is stored, by its name in the checkpoint.
+        kernel: the backend that weights are to run on, or auto.
+        offload_experts: routed experts get no place here, they stay in the file.
         name: the name in the checkpoint of the module under construction.
     """
 
     dtype: torch.dtype
     device: torch.device
     scheme_of: SchemeLookup
+    kernel: ops.Kernel = ops.Kernel.AUTO
+    offload_experts: bool = False
     name: str = ""
 
     def child(self, name: str) -> "Builder":
@@ -158,13 +219,33 @@ class Builder:
         return empty_parameter(shape, self.dtype, self.device)
 
     def linear(self, name: str, out_features: int, in_features: int, *, bias: bool = False) -> Linear:
-        """An uninitialized linear layer for submodule `name`.
+        """An uninitialized linear layer for submodule `name`, of the right class for its scheme.
 
         Raises:
             SchemeError: the scheme of this weight does not divide its inputs.
+            UsageError: `kernel` cannot run this weight.
         """
         full_name = self.child(name).name
         scheme = self.scheme_of(full_name)
         if scheme is not None:
             scheme.check_divides(full_name, in_features)
-        return make_linear(scheme, out_features, in_features, bias=bias, dtype=self.dtype, device=self.device)
+        kind = _LINEARS[None if scheme is None else scheme.type]
+        return kind(self, full_name, scheme, out_features, in_features, bias=bias)
+
+    def common_scheme(self, projection: str, num_experts: int, in_features: int) -> WeightScheme | None:
+        """How one projection of all experts of a layer is stored.
+
+        Raises:
+            SchemeError: the experts are not all stored the same way, or the scheme does not divide the inputs.
+        """
+        names = [self.child(f"{expert}.{projection}").name for expert in range(num_experts)]
+        scheme = self.scheme_of(names[0])
+        for name in names:
+            if self.scheme_of(name) != scheme:
+                raise SchemeError(
+                    f"{name} is stored as {self.scheme_of(name)}, but {names[0]} as {scheme}; the experts of a layer "
+                    "share one scheme: quantize all of them or none"
+                )
+        if scheme is not None:
+            scheme.check_divides(names[0], in_features)
+        return scheme

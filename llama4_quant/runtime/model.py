@@ -9,6 +9,7 @@ How a loader fills it (nothing is ever held twice)::
             target.copy_(...)                               # "<spec.name>.<suffix>" of the checkpoint, as stored
     for name, target in model.plain_targets().items():      # norms, embeddings, biases, by checkpoint name
         target.copy_(...)
+    model.repack()                                          # for kernels that want another order of bytes
 
 `linear_target` gives `{"weight": [N, K]}` for an unquantized or `{"weight_packed": ..., "weight_scale": ...}` for an
 int4 weight; for a routed expert these are views into the layer's stack. The two together cover every stored tensor of
@@ -17,6 +18,9 @@ the model once.
 Shape letters: B batch, H hidden, T new tokens, V vocabulary.
 """
 
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from enum import StrEnum
 from typing import Self
 
@@ -24,14 +28,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llama4_quant import ops
 from llama4_quant.architecture import LinearSpec, Llama4Config
 from llama4_quant.errors import UsageError
 from llama4_quant.runtime.attention import Attention, TextAttention
 from llama4_quant.runtime.cache import CacheScales, KVCache
+from llama4_quant.runtime.expert_store import ExpertStore
+from llama4_quant.runtime.experts import MixtureOfExperts
 from llama4_quant.runtime.linear import Builder, WeightStorage
-from llama4_quant.runtime.text import TextModel
+from llama4_quant.runtime.offload import OffloadedExperts
+from llama4_quant.runtime.text import DecoderLayer, TextModel
 from llama4_quant.runtime.vision import Projector, VisionModel
-from llama4_quant.scheme import SchemeLookup
+from llama4_quant.scheme import SchemeLookup, WeightScheme
 
 
 class Logits(StrEnum):
@@ -52,6 +60,7 @@ class Llama4Model(nn.Module):
     Attributes:
         config: what the model was built from.
         dtype: compute dtype. Changing it later with `.to(dtype)` would also cast scales; build another model instead.
+        expert_store: where offloaded experts are; None where they are in memory.
     """
 
     def __init__(
@@ -62,6 +71,9 @@ class Llama4Model(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "meta",
         attention: Attention | str = Attention.SDPA,
+        kernel: ops.Kernel | str = ops.Kernel.AUTO,
+        lm_head: WeightScheme | None = None,
+        offload_experts: bool = False,
     ) -> None:
         """Allocate uninitialized storage.
 
@@ -71,19 +83,35 @@ class Llama4Model(nn.Module):
             dtype: compute dtype and dtype of unquantized weights.
             device: where to allocate; on meta, call `materialize` before filling.
             attention: `sdpa` or `eager`.
+            kernel: what runs the weights: a backend, or `auto` for the first that can, weight by weight.
+            lm_head: store the head like this, whatever `scheme_of` says; one that is tied to the embeddings gets
+                storage of its own.
+            offload_experts: routed experts get no storage; `attach_experts` says where they are.
 
         Raises:
             SchemeError: a scheme does not fit a weight, or experts of one layer differ in theirs.
+            UsageError: `kernel` is unknown, or cannot run a weight.
         """
         super().__init__()
         self.config = config
         self.dtype = dtype
-        builder = Builder(dtype=dtype, device=torch.device(device), scheme_of=scheme_of)
+        self.expert_store: ExpertStore | None = None
+        chosen = ops.Kernel.parse(kernel)
+        builder = Builder(
+            dtype=dtype,
+            device=torch.device(device),
+            scheme_of=scheme_of,
+            kernel=chosen,
+            offload_experts=offload_experts,
+        )
         text_builder = builder.child(config.prefix.removesuffix(".")) if config.prefix else builder
         text = config.text
         self.model = TextModel(text, text_builder.child("model"), Attention(attention))
+        head_builder = text_builder if lm_head is None else replace(text_builder, scheme_of=lambda _name: lm_head)
         self.lm_head = (
-            None if text.tie_word_embeddings else text_builder.linear("lm_head", text.vocab_size, text.hidden_size)
+            None
+            if text.tie_word_embeddings and lm_head is None
+            else head_builder.linear("lm_head", text.vocab_size, text.hidden_size)
         )
         if config.vision is not None:
             self.vision_model = VisionModel(config.vision, builder.child("vision_model"))
@@ -99,6 +127,34 @@ class Llama4Model(nn.Module):
         """Give meta parameters uninitialized storage on `device`, and move there what already has content."""
         materialize(self, device)
         return self
+
+    def repack(self) -> None:
+        """Once every weight is filled: put weights in the order that their kernels want."""
+        for weight in self._weights():
+            weight.repack()
+
+    def kernels(self) -> tuple[ops.KernelCount, ...]:
+        """Which backend runs how many weights, by operator, and why none that comes first in the table."""
+        choices = [weight.choice for weight in self._weights() if weight.choice is not None]
+        offloaded = (module for module in self.modules() if isinstance(module, OffloadedExperts))
+        return ops.count_kernels([*choices, *(choice for module in offloaded for choice in module.choices.values())])
+
+    def attach_experts(self, store: ExpertStore) -> None:
+        """Say where offloaded experts are; the store is closed with the model."""
+        moe = [
+            (number, layer.feed_forward)
+            for number, layer in enumerate(self.model.layers)
+            if isinstance(layer, DecoderLayer) and isinstance(layer.feed_forward, MixtureOfExperts)
+        ]
+        following = [(number, feed_forward.router) for number, feed_forward in moe[1:]]
+        for (number, feed_forward), after in zip(moe, [*following, None], strict=True):
+            assert isinstance(feed_forward.experts, OffloadedExperts)
+            feed_forward.experts.attach(store, number, after)
+        self.expert_store = store
+        weakref.finalize(self, store.close)
+
+    def _weights(self) -> Iterator[WeightStorage]:
+        return (module for module in self.modules() if isinstance(module, WeightStorage))
 
     def linear_target(self, spec: LinearSpec) -> dict[str, Tensor]:
         """Where the stored tensors of a linear weight go.
@@ -230,6 +286,8 @@ def materialize(root: nn.Module, device: torch.device | str) -> None:
             module.register_parameter(name, nn.Parameter(placed, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer.to(device), persistent=False)
+        if isinstance(module, WeightStorage | OffloadedExperts):
+            module.choose(torch.device(device))
 
 
 def _padding(input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> tuple[int, ...]:

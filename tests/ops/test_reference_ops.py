@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from llama4_quant import ops
 from llama4_quant.ops import reference
 from llama4_quant.quantizers.packing import pack_int4
 from llama4_quant.quantizers.quantize import QuantizedWeight, dequantize_weight, quantize_weight
@@ -52,7 +52,7 @@ def test_linear_int4_written_out(bias: Tensor | None) -> None:
         for k in range(64):
             expected[..., n] += x[..., k].double() * float(q.codes[n, k]) * float(q.scale[n, k // 32])
         expected[..., n] += 0.0 if bias is None else float(bias[n])
-    actual = ops.linear_int4(x, pack_int4(q.codes), q.scale, bias)
+    actual = reference.linear_int4(x, pack_int4(q.codes), q.scale, bias)
     # 64 products and a bias summed in fp32: at most 65 roundings of 2^-24 of partial sums, themselves below 64 * 4.
     torch.testing.assert_close(actual.double(), expected, atol=65 * 2**-24 * 256, rtol=0)
 
@@ -65,7 +65,7 @@ def test_linear_fp8_written_out(scheme: WeightScheme, shape: tuple[int, int]) ->
     group_size = 128 if scheme is FP8_BLOCK else num_inputs
     rounded = torch.cat([_rounded_token_by_token(part) for part in x.split(group_size, dim=-1)], dim=-1)
     expected = rounded @ dequantize_weight(q, torch.float32).T + bias
-    actual = ops.linear_fp8(x, q.codes, q.scale, bias)
+    actual = reference.linear_fp8(x, q.codes, q.scale, bias)
     # The same products in another order: K roundings of 2^-24 of partial sums below 16 * sqrt(K) here.
     torch.testing.assert_close(actual, expected, atol=num_inputs * 2**-24 * 16 * num_inputs**0.5, rtol=0)
 
@@ -113,15 +113,16 @@ def test_grouped_equals_one_linear_per_expert(
     scales = torch.stack([q.scale for q in stack])
     codes = torch.stack([q.codes for q in stack])
     if scheme.type is WeightType.INT4:
-        actual = ops.grouped_int4(x, torch.tensor(rows_per_expert), pack_int4(codes), scales)
+        actual = reference.grouped_int4(x, torch.tensor(rows_per_expert), pack_int4(codes), scales)
         parts = [
-            ops.linear_int4(rows, pack_int4(q.codes), q.scale)
+            reference.linear_int4(rows, pack_int4(q.codes), q.scale)
             for rows, q in zip(x.split(rows_per_expert), stack, strict=True)
         ]
     else:
-        actual = ops.grouped_fp8(x, torch.tensor(rows_per_expert), codes, scales)
+        actual = reference.grouped_fp8(x, torch.tensor(rows_per_expert), codes, scales)
         parts = [
-            ops.linear_fp8(rows, q.codes, q.scale) for rows, q in zip(x.split(rows_per_expert), stack, strict=True)
+            reference.linear_fp8(rows, q.codes, q.scale)
+            for rows, q in zip(x.split(rows_per_expert), stack, strict=True)
         ]
     assert torch.equal(actual, torch.cat(parts))
 
@@ -130,4 +131,12 @@ def test_experts_without_rows_are_not_touched() -> None:
     weight = torch.full((3, 4, 8), torch.nan)
     weight[1] = _random(4, 8)
     x = _random(5, 8, seed=1)
-    assert torch.equal(ops.grouped_dense(x, torch.tensor([0, 5, 0]), weight), x @ weight[1].T)
+    assert torch.equal(reference.grouped_dense(x, torch.tensor([0, 5, 0]), weight), x @ weight[1].T)
+
+
+@pytest.mark.parametrize("rows_per_expert", [[2, 0, 3, 1], [0, 0, 0, 1]])
+def test_work_is_that_of_the_rows_whatever_the_experts(rows_per_expert: list[int]) -> None:
+    x = _random(sum(rows_per_expert), 8)
+    with FlopCounterMode(display=False) as counter:
+        reference.grouped_dense(x, torch.tensor(rows_per_expert), _random(4, 16, 8))
+    assert counter.get_total_flops() == 2 * len(x) * 16 * 8

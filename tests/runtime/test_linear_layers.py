@@ -3,19 +3,24 @@
 import pytest
 import torch
 
-from llama4_quant import ops
 from llama4_quant.errors import SchemeError
+from llama4_quant.ops import reference
 from llama4_quant.quantizers.packing import pack_int4
 from llama4_quant.quantizers.quantize import quantize_weight
-from llama4_quant.runtime.linear import Builder, DenseLinear, Fp8Linear, Int4Linear, make_linear
-from llama4_quant.scheme import Strategy, WeightScheme, WeightType
+from llama4_quant.runtime.linear import Builder, DenseLinear, Fp8Linear, Int4Linear, Int8Linear, Linear
+from llama4_quant.scheme import Observer, Strategy, WeightScheme, WeightType
 
 INT4 = WeightScheme(type=WeightType.INT4, strategy=Strategy.GROUP, group_size=32)
 INT4_CHANNEL = WeightScheme(type=WeightType.INT4, strategy=Strategy.CHANNEL)
 FP8 = WeightScheme(type=WeightType.FP8, strategy=Strategy.CHANNEL)
 FP8_BLOCK = WeightScheme(type=WeightType.FP8, strategy=Strategy.BLOCK)
+INT8 = WeightScheme(type=WeightType.INT8, strategy=Strategy.CHANNEL, observer=Observer.ABSMAX)
 META = torch.device("meta")
 CPU = torch.device("cpu")
+
+
+def _linear(scheme: WeightScheme | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Linear:
+    return Builder(dtype=dtype, device=device, scheme_of=lambda _: scheme).linear("proj", *shape, bias=True)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +33,7 @@ CPU = torch.device("cpu")
             Int4Linear,
             {"weight_packed": ((130, 32), torch.int32), "weight_scale": ((130, 1), torch.bfloat16)},
         ),
+        (INT8, Int8Linear, {"weight": ((130, 256), torch.int8), "weight_scale": ((130, 1), torch.bfloat16)}),
         (FP8, Fp8Linear, {"weight": ((130, 256), torch.float8_e4m3fn), "weight_scale": ((130, 1), torch.float32)}),
         (FP8_BLOCK, Fp8Linear, {"weight": ((130, 256), torch.float8_e4m3fn), "weight_scale": ((2, 2), torch.float32)}),
     ],
@@ -35,7 +41,7 @@ CPU = torch.device("cpu")
 def test_storage_is_as_on_disk(
     scheme: WeightScheme | None, kind: type, expected: dict[str, tuple[tuple[int, int], torch.dtype]]
 ) -> None:
-    linear = make_linear(scheme, 130, 256, bias=True, dtype=torch.bfloat16, device=META)
+    linear = _linear(scheme, (130, 256), torch.bfloat16, META)
     assert type(linear) is kind
     assert {name: (tuple(t.shape), t.dtype) for name, t in linear.stored().items()} == expected
     assert linear.bias is not None
@@ -47,14 +53,19 @@ def test_storage_is_as_on_disk(
 def test_layers_compute_with_their_weights_and_bias() -> None:
     weight, x = torch.randn(6, 64), torch.randn(2, 64)
     bias = torch.randn(6)
-    int4, fp8 = quantize_weight(weight, INT4), quantize_weight(weight, FP8)
+    int4, int8, fp8 = (quantize_weight(weight, scheme) for scheme in (INT4, INT8, FP8))
     packed = pack_int4(int4.codes)
     for scheme, tensors, expected in (
         (None, {"weight": weight}, x @ weight.T + bias),
-        (INT4, {"weight_packed": packed, "weight_scale": int4.scale}, ops.linear_int4(x, packed, int4.scale, bias)),
-        (FP8, {"weight": fp8.codes, "weight_scale": fp8.scale}, ops.linear_fp8(x, fp8.codes, fp8.scale, bias)),
+        (
+            INT4,
+            {"weight_packed": packed, "weight_scale": int4.scale},
+            reference.linear_int4(x, packed, int4.scale, bias),
+        ),
+        (INT8, {"weight": int8.codes, "weight_scale": int8.scale}, x @ (int8.codes * int8.scale.float()).T + bias),
+        (FP8, {"weight": fp8.codes, "weight_scale": fp8.scale}, reference.linear_fp8(x, fp8.codes, fp8.scale, bias)),
     ):
-        linear = make_linear(scheme, 6, 64, bias=True, dtype=torch.float32, device=CPU)
+        linear = _linear(scheme, (6, 64), torch.float32, CPU)
         for name, target in linear.stored().items():
             target.copy_(tensors[name])
         assert linear.bias is not None
