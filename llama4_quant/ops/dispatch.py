@@ -41,6 +41,11 @@ class Choice:
         """`call` takes a weight only once it went through `repack_int4`."""
         return self.kernel is Kernel.TORCH and self.use.operator in {Operator.LINEAR_INT4, Operator.GROUPED_INT4}
 
+    @property
+    def stored_call(self) -> Function:
+        """What runs on the stored bytes: `call`, or the reference where `call` repacks."""
+        return overload(self.use.operator, Kernel.REFERENCE) if self.repacks else self.call
+
 
 def choose(kernel: Kernel | str, use: Use) -> Choice:
     """The backend that `kernel` names, or with `auto` the first in the table that can.

@@ -39,11 +39,11 @@ class WeightStorage(nn.Module):
 
     Attributes:
         stored_names: names of the parameters that make up the weight (a bias is not among them).
-        choice: the kernel that will run; None as long as the weight has no place, on the meta device.
+        choice: the kernel that will run.
         call: what `forward` calls.
     """
 
-    choice: ops.Choice | None
+    choice: ops.Choice
     call: Callable[..., Tensor]
 
     def __init__(
@@ -87,23 +87,28 @@ class WeightStorage(nn.Module):
         )
         self.choose(builder.device)
 
+    def choice_for(self, device: torch.device) -> ops.Choice:
+        """The kernel that would run on a device.
+
+        Raises:
+            UsageError: the kernel asked for cannot run this weight there.
+        """
+        return ops.choose(self._kernel, replace(self._use, device=device))
+
     def choose(self, device: torch.device) -> None:
         """Choose the kernel for a device, where the weight is from now on.
 
         Raises:
             UsageError: the kernel asked for cannot run this weight there.
         """
-        self._use = replace(self._use, device=device)
-        self.choice = None if device.type == "meta" else ops.choose(self._kernel, self._use)
-        if self.choice is None or self.choice.repacks:
-            # Before `repack` the bytes are the stored ones, which the reference takes.
-            self.call = ops.overload(self._use.operator, ops.Kernel.REFERENCE)
-        else:
-            self.call = self.choice.call
+        # On meta nothing runs, and a kernel that is asked for may well not run there.
+        self.choice = ops.choose(ops.Kernel.REFERENCE, self._use) if device.type == "meta" else self.choice_for(device)
+        # Before `repack` the bytes are the stored ones, which the reference takes.
+        self.call = self.choice.stored_call
 
     def repack(self) -> None:
         """Once the weight is filled: put it in the order that its kernel wants, if that is not the stored one."""
-        if self.choice is None or not self.choice.repacks or self.call is self.choice.call:
+        if not self.choice.repacks or self.call is self.choice.call:
             return
         for name, tensor in zip(self.stored_names, ops.repack_int4(*self.stored().values()), strict=True):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
