@@ -71,7 +71,7 @@ _FUNCTIONS: dict[Operator, dict[Kernel, Function]] = {
     Operator.LINEAR_INT4: {Kernel.TORCH: torch_cpu.linear_int4, Kernel.REFERENCE: reference.linear_int4},
     Operator.LINEAR_INT8: {Kernel.TORCH: torch_cpu.linear_int8, Kernel.REFERENCE: reference.linear_int8},
     Operator.LINEAR_FP8: {Kernel.REFERENCE: reference.linear_fp8},
-    Operator.GROUPED_DENSE: {Kernel.REFERENCE: reference.grouped_dense},
+    Operator.GROUPED_DENSE: {Kernel.TORCH: torch_cpu.grouped_dense, Kernel.REFERENCE: reference.grouped_dense},
     Operator.GROUPED_INT4: {Kernel.TORCH: torch_cpu.grouped_int4, Kernel.REFERENCE: reference.grouped_int4},
     Operator.GROUPED_FP8: {Kernel.REFERENCE: reference.grouped_fp8},
 }

@@ -1,11 +1,15 @@
 """Operators made of what torch itself brings for processors: the backend for machines without a C++ compiler.
 
-Dense products are torch's matrix product, here as in the reference. int4 weights go through torch's own kernel, which
-wants them in another layout: `repack_int4` changes it once, after loading, in the memory where the stored bytes are.
-An int8 weight is taken as it is. torch has nothing for FP8 weights on a processor.
+A dense weight alone is torch's matrix product, here as in the reference. For the few rows of an expert the product is
+taken the other way round, W @ x.T: torch copies the second of two factors to another layout, and this one is small.
+int4 weights go through torch's own kernel, which wants them in another layout: `repack_int4` changes it once, after
+loading, in the memory where the stored bytes are. An int8 weight is taken as it is. For FP8 weights torch has nothing
+on a processor.
 
 Shape letters: E experts, G groups, K in, N out, R rows of expert work; `...` any leading dimensions (tokens).
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,7 +31,7 @@ _INT8_TILE = 4096
 
 def why_not(use: Use) -> str | None:
     """Why this backend cannot do something, or None if it can."""
-    if use.operator in {Operator.LINEAR_DENSE, Operator.GROUPED_DENSE}:
+    if use.operator is Operator.LINEAR_DENSE:
         return None
     if use.operator in {Operator.LINEAR_FP8, Operator.GROUPED_FP8}:
         return "torch has no kernel for FP8 weights on a processor"
@@ -35,7 +39,7 @@ def why_not(use: Use) -> str | None:
         return f"device {use.device.type}: the kernels are for processors"
     if use.dtype is not torch.bfloat16:
         return f"dtype {use.dtype_name}: the kernels take bfloat16"
-    return _why_not_int8(use) if use.operator is Operator.LINEAR_INT8 else _why_not_int4(use)
+    return _WHY_NOT[use.operator](use)
 
 
 def _why_not_int4(use: Use) -> str | None:
@@ -50,6 +54,14 @@ def _why_not_int8(use: Use) -> str | None:
     if use.in_features % _INT8_IN_MULTIPLE:
         return f"in_features {use.in_features} is not divisible by {_INT8_IN_MULTIPLE}"
     return None
+
+
+_WHY_NOT: dict[Operator, Callable[[Use], str | None]] = {
+    Operator.LINEAR_INT4: _why_not_int4,
+    Operator.LINEAR_INT8: _why_not_int8,
+    Operator.GROUPED_DENSE: lambda _use: None,
+    Operator.GROUPED_INT4: _why_not_int4,
+}
 
 
 def kernel_group_size(in_features: int, group_size: int) -> int | None:
@@ -89,15 +101,19 @@ def linear_int4(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Te
     return y if bias is None else y + bias
 
 
+def grouped_dense(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor) -> Tensor:
+    """As `reference.grouped_dense`; tests/benchmarks/experts.py measures both."""
+    y_RN = x_RK.new_empty(x_RK.shape[0], weight_ENK.shape[1])
+    for expert, rows in _spans(rows_per_expert):
+        y_RN[rows] = (weight_ENK[expert] @ x_RK[rows].T).T
+    return y_RN
+
+
 def grouped_int4(x_RK: Tensor, rows_per_expert: Tensor, packed_ENB: Tensor, scale_EGN2: Tensor) -> Tensor:
     """As `reference.grouped_int4`, of weights that went through `repack_int4` (B bytes of two codes)."""
     y_RN = x_RK.new_empty(x_RK.shape[0], packed_ENB.shape[1])
-    start = 0
-    for expert, num_rows in enumerate(rows_per_expert.tolist()):
-        if num_rows:
-            rows = slice(start, start + num_rows)
-            y_RN[rows] = _int4_product(x_RK[rows], packed_ENB[expert], scale_EGN2[expert])
-            start += num_rows
+    for expert, rows in _spans(rows_per_expert):
+        y_RN[rows] = _int4_product(x_RK[rows], packed_ENB[expert], scale_EGN2[expert])
     return y_RN
 
 
@@ -116,3 +132,12 @@ def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
 def _int4_product(x_RK: Tensor, packed_NB: Tensor, scale_GN2: Tensor) -> Tensor:
     group_size = x_RK.shape[-1] // scale_GN2.shape[0]
     return torch._weight_int4pack_mm_for_cpu(x_RK.contiguous(), packed_NB, group_size, scale_GN2)  # noqa: SLF001
+
+
+def _spans(rows_per_expert: Tensor) -> Iterator[tuple[int, slice]]:
+    """Experts that have rows, and which."""
+    start = 0
+    for expert, num_rows in enumerate(rows_per_expert.tolist()):
+        if num_rows:
+            yield expert, slice(start, start + num_rows)
+            start += num_rows

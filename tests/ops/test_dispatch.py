@@ -45,6 +45,7 @@ def test_every_operator_is_known_by_its_use() -> None:
         (Operator.LINEAR_INT8, {"in_features": 40}, Kernel.REFERENCE),
         (Operator.LINEAR_FP8, {}, Kernel.REFERENCE),
         (Operator.GROUPED_DENSE, {}, Kernel.TORCH),
+        (Operator.GROUPED_DENSE, {"dtype": torch.float32}, Kernel.REFERENCE),
         (Operator.GROUPED_INT4, {}, Kernel.TORCH),
         (Operator.GROUPED_FP8, {}, Kernel.REFERENCE),
     ],

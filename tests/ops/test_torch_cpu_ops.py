@@ -61,6 +61,12 @@ def test_int4(operator: Operator, scheme: WeightScheme, shape: tuple[int, int]) 
     _check(case, choose("torch", case.use).call(x, *rest))
 
 
+@pytest.mark.parametrize("shape", [(64, 128), (97, 40)])
+def test_dense_experts(shape: tuple[int, int]) -> None:
+    case = make_case(Operator.GROUPED_DENSE, shape=shape)
+    _check(case, choose("torch", case.use).call(*case.arguments))
+
+
 @pytest.mark.parametrize("rows", [(1,), (2, 3), (40,)])
 @pytest.mark.parametrize("shape", [(64, 128), (97, 48)])
 def test_int8(rows: tuple[int, ...], shape: tuple[int, int]) -> None:
