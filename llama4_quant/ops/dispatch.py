@@ -64,7 +64,7 @@ def choose(kernel: Kernel | str, use: Use) -> Choice:
         if reason is None:
             return Choice(use=use, kernel=backend, call=overload(use.operator, backend), rejected=tuple(rejected))
         rejected.append((backend, reason))
-    raise UsageError(f"kernel {asked} cannot run {use.label}:\n{explain(use)}\n--kernel auto takes the first that can")
+    raise UsageError(f"kernel {asked} cannot run {use.label}: {explain(use)}; --kernel auto takes the first that can")
 
 
 def overload(operator: Operator, kernel: Kernel) -> Function:
@@ -74,8 +74,8 @@ def overload(operator: Operator, kernel: Kernel) -> Function:
 
 
 def explain(use: Use) -> str:
-    """A line for every backend: what it says about `use`."""
-    return "\n".join(f"  {kernel}: {why_not(use) or 'can run'}" for kernel, why_not in BACKENDS.items())
+    """What every backend says about `use`: `native: no C++ compiler; torch: can run; reference: can run`."""
+    return "; ".join(f"{kernel}: {why_not(use) or 'can run'}" for kernel, why_not in BACKENDS.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
