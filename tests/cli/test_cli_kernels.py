@@ -62,9 +62,9 @@ def test_a_quantized_head_moves_the_logits_a_little(run: Run, lm_head: str, boun
     """Logits that are off by independent errors of variance v move a softmax by v / 2 nats.
 
     int8: half a step is 1/254 of a row's largest weight, which is four times the rms or less, and an error spreads
-    evenly over a step: v < (4 / 254)^2 / 3 of the logits' variance, which is of order 1 here, so v / 2 < 1e-4. int4 with
-    a scale per 32: the largest of 32 weights is 2.5 times the rms, half a step 1/15 of it: v / 2 < (2.5 / 15)^2 / 6 <
-    5e-3, and four times that for logits with a deviation of 2.
+    evenly over a step: v < (4 / 254)^2 / 3 of the logits' variance, which is of order 1 here, so v / 2 < 1e-4. int4
+    with a scale per 32: the largest of 32 weights is 2.5 times the rms, half a step 1/15 of it: v / 2 < (2.5 / 15)^2
+    / 6 < 5e-3, and four times that for logits with a deviation of 2.
     """
     result = _evaluation(run, "--lm-head", lm_head)
     divergence = result["comparison"]["divergence"]["value"]
