@@ -70,10 +70,10 @@ def _differentiate_grouped_dense() -> None:
 _FUNCTIONS: dict[Operator, dict[Kernel, Function]] = {
     Operator.LINEAR_INT4: {Kernel.TORCH: torch_cpu.linear_int4, Kernel.REFERENCE: reference.linear_int4},
     Operator.LINEAR_INT8: {Kernel.TORCH: torch_cpu.linear_int8, Kernel.REFERENCE: reference.linear_int8},
-    Operator.LINEAR_FP8: {Kernel.REFERENCE: reference.linear_fp8},
+    Operator.LINEAR_FP8: {Kernel.TORCH: torch_cpu.linear_fp8, Kernel.REFERENCE: reference.linear_fp8},
     Operator.GROUPED_DENSE: {Kernel.TORCH: torch_cpu.grouped_dense, Kernel.REFERENCE: reference.grouped_dense},
     Operator.GROUPED_INT4: {Kernel.TORCH: torch_cpu.grouped_int4, Kernel.REFERENCE: reference.grouped_int4},
-    Operator.GROUPED_FP8: {Kernel.REFERENCE: reference.grouped_fp8},
+    Operator.GROUPED_FP8: {Kernel.TORCH: torch_cpu.grouped_fp8, Kernel.REFERENCE: reference.grouped_fp8},
 }
 OPERATORS: dict[Operator, dict[Kernel, Function]] = {
     operator: {kernel: _register(operator, kernel, function) for kernel, function in functions.items()}

@@ -69,7 +69,7 @@ def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     Returns:
         [..., N] in x's dtype; the products are taken in x's dtype.
     """
-    rounded = round_activations_fp8(x, group_size=_activation_group(weight, weight_scale))
+    rounded = round_activations_fp8(x, group_size=activation_group(weight, weight_scale))
     return functional.linear(rounded, dequantize_fp8(weight, weight_scale, x.dtype), bias)
 
 
@@ -100,7 +100,7 @@ def grouped_int4(x_RK: Tensor, rows_per_expert: Tensor, packed_ENW: Tensor, scal
 
 def grouped_fp8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale_E: Tensor) -> Tensor:
     """`grouped_dense` for stacks of `linear_fp8`'s weights; `scale_E` is [E, N, 1] or [E, blocks of N, blocks of K]."""
-    rounded = round_activations_fp8(x_RK, group_size=_activation_group(weight_ENK[0], scale_E[0]))
+    rounded = round_activations_fp8(x_RK, group_size=activation_group(weight_ENK[0], scale_E[0]))
     return _grouped(
         rounded,
         rows_per_expert,
@@ -118,12 +118,22 @@ def dequantize_int4(weight_packed: Tensor, weight_scale: Tensor, in_features: in
 
 def dequantize_fp8(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes times scale, both in `dtype`: [N, K]."""
+    return weight.to(dtype) * fp8_scale(weight, weight_scale, dtype)
+
+
+def fp8_scale(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of every code of an FP8 weight [N, K]: [N, 1] or [N, K]."""
     num_rows, num_columns = weight.shape
     scale = weight_scale.to(dtype)
-    if not _is_per_channel(weight, weight_scale):
-        by_row = scale.repeat_interleave(FP8_BLOCK_SIZE, dim=0)[:num_rows]
-        scale = by_row.repeat_interleave(FP8_BLOCK_SIZE, dim=1)[:, :num_columns]
-    return weight.to(dtype) * scale
+    if _is_per_channel(weight, weight_scale):
+        return scale
+    by_row = scale.repeat_interleave(FP8_BLOCK_SIZE, dim=0)[:num_rows]
+    return by_row.repeat_interleave(FP8_BLOCK_SIZE, dim=1)[:, :num_columns]
+
+
+def activation_group(weight: Tensor, weight_scale: Tensor) -> int | None:
+    """The `group_size` of `round_activations_fp8` for an FP8 weight: that of its blocks, None for a scale a row."""
+    return None if _is_per_channel(weight, weight_scale) else FP8_BLOCK_SIZE
 
 
 def round_activations_fp8(x: Tensor, *, group_size: int | None = None) -> Tensor:
@@ -150,11 +160,6 @@ def round_fp8(x: Tensor, scale: float) -> Tensor:
 
 def _is_per_channel(weight: Tensor, weight_scale: Tensor) -> bool:
     return weight_scale.shape == (weight.shape[0], 1)
-
-
-def _activation_group(weight: Tensor, weight_scale: Tensor) -> int | None:
-    """Weights in blocks go with activations in groups of the same width."""
-    return None if _is_per_channel(weight, weight_scale) else FP8_BLOCK_SIZE
 
 
 def _grouped(x_RK: Tensor, rows_per_expert: Tensor, out_features: int, weight_of: Callable[[int], Tensor]) -> Tensor:

@@ -18,22 +18,6 @@ from llama4_quant.errors import SchemeError
 from llama4_quant.scheme import SchemeLookup, WeightScheme, WeightType
 
 
-def stored_tensors(
-    scheme: WeightScheme | None, out_features: int, in_features: int, dtype: torch.dtype
-) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-    """Shape and dtype, by name, of the tensors that store one [out_features, in_features] weight."""
-    if scheme is None:
-        return {"weight": ((out_features, in_features), dtype)}
-    scale_shape = scheme.scale_shape(out_features, in_features)
-    if scheme.type is WeightType.INT4:
-        packed_shape = (out_features, -(-in_features // 8))
-        return {"weight_packed": (packed_shape, torch.int32), "weight_scale": (scale_shape, torch.bfloat16)}
-    if scheme.type is WeightType.INT8:
-        codes_shape = (out_features, in_features)
-        return {"weight": (codes_shape, torch.int8), "weight_scale": (scale_shape, torch.bfloat16)}
-    return {"weight": ((out_features, in_features), torch.float8_e4m3fn), "weight_scale": (scale_shape, torch.float32)}
-
-
 class WeightStorage(nn.Module):
     """Storage of one [N, K] weight, or with `num_experts` of a stack of them: every tensor then has E in front.
 
@@ -70,11 +54,6 @@ class WeightStorage(nn.Module):
             UsageError: the kernel that the builder asks for cannot run this weight.
         """
         super().__init__()
-        leading = () if num_experts is None else (num_experts,)
-        layout = stored_tensors(scheme, out_features, in_features, builder.dtype)
-        for tensor, (shape, stored_dtype) in layout.items():
-            self.register_parameter(tensor, empty_parameter((*leading, *shape), stored_dtype, builder.device))
-        self.stored_names = tuple(layout)
         self._kernel = builder.kernel
         self._use = ops.Use(
             name=name,
@@ -85,6 +64,10 @@ class WeightStorage(nn.Module):
             device=builder.device,
             num_experts=num_experts,
         )
+        layout = self._use.stored_tensors()
+        for tensor, (shape, stored_dtype) in layout.items():
+            self.register_parameter(tensor, empty_parameter(shape, stored_dtype, builder.device))
+        self.stored_names = tuple(layout)
         self.choose(builder.device)
 
     def choice_for(self, device: torch.device) -> ops.Choice:

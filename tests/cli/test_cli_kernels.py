@@ -51,10 +51,12 @@ def test_another_kernel_computes_the_same_model(run: Run, kernel: str) -> None:
 
 
 def test_a_kernel_that_cannot_is_one_message(run: Run) -> None:
-    code, out, err = run("generate", SAMPLE_DIR, *PROMPT, "--scheme", "FP8_DYNAMIC", "--kernel", "torch")
+    code, out, err = run(
+        "generate", SAMPLE_DIR, *PROMPT, "--scheme", "FP8_DYNAMIC", "--dtype", "float32", "--kernel", "torch"
+    )
     assert (code, out) == (1, "")
     assert err.count("\n") == 1
-    assert "torch: torch has no kernel for FP8 weights on a processor; reference: can run" in err
+    assert "torch: dtype float32: the kernels take bfloat16; reference: can run" in err
 
 
 @pytest.mark.parametrize(("lm_head", "bound"), [("int8", 1e-4), ("int4", 2e-2)])

@@ -43,11 +43,11 @@ def test_every_operator_is_known_by_its_use() -> None:
         (Operator.LINEAR_INT4, {"scheme": INT4_CHANNEL, "in_features": 40}, Kernel.REFERENCE),
         (Operator.LINEAR_INT8, {}, Kernel.TORCH),
         (Operator.LINEAR_INT8, {"in_features": 40}, Kernel.REFERENCE),
-        (Operator.LINEAR_FP8, {}, Kernel.REFERENCE),
+        (Operator.LINEAR_FP8, {}, Kernel.TORCH),
         (Operator.GROUPED_DENSE, {}, Kernel.TORCH),
         (Operator.GROUPED_DENSE, {"dtype": torch.float32}, Kernel.REFERENCE),
         (Operator.GROUPED_INT4, {}, Kernel.TORCH),
-        (Operator.GROUPED_FP8, {}, Kernel.REFERENCE),
+        (Operator.GROUPED_FP8, {}, Kernel.TORCH),
     ],
 )
 @pytest.mark.usefixtures("without_native")
@@ -87,7 +87,8 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.mark.usefixtures("without_native")
 def test_choices_are_counted() -> None:
-    uses = [_use(operator) for operator in (Operator.LINEAR_INT4, Operator.LINEAR_FP8, Operator.LINEAR_INT4)]
+    odd = _use(Operator.LINEAR_FP8, dtype=torch.float16)
+    uses = [_use(Operator.LINEAR_INT4), odd, _use(Operator.LINEAR_INT4)]
     counts = count_kernels(choose("auto", use) for use in uses)
     assert [(count.operator, count.kernel, count.count) for count in counts] == [
         (Operator.LINEAR_INT4, Kernel.TORCH, 2),
@@ -99,8 +100,6 @@ def test_choices_are_counted() -> None:
 def test_only_torchs_int4_wants_another_order_of_bytes() -> None:
     for operator, scheme in SCHEME_OF.items():
         for kernel in (Kernel.TORCH, Kernel.REFERENCE):
-            if operator in {Operator.LINEAR_FP8, Operator.GROUPED_FP8} and kernel is Kernel.TORCH:
-                continue
             choice = choose(kernel, _use(operator))
             assert choice.repacks == (scheme is INT4 and kernel is Kernel.TORCH)
             assert (choice.stored_call is choice.call) != choice.repacks

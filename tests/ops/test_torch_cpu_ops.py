@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from ops.op_cases import INT4, INT4_CHANNEL, INT8, Case, make_case, random, stored
+from ops.op_cases import FP8, INT4, INT4_CHANNEL, INT8, Case, make_case, random, stored
 from torch import Tensor
 
 from llama4_quant.ops import Operator, choose, reference, repack_int4
-from llama4_quant.ops.torch_cpu import kernel_group_size
+from llama4_quant.ops.torch_cpu import _fp8_to_bf16, kernel_group_size
 from llama4_quant.scheme import Strategy, WeightScheme, WeightType
 
+FP8_BLOCK = WeightScheme(type=WeightType.FP8, strategy=Strategy.BLOCK)
 INT4_128 = WeightScheme(type=WeightType.INT4, strategy=Strategy.GROUP, group_size=128)
 EPS = 2.0**-8
 """Of one rounding to bfloat16: half of the distance between neighbours, relative."""
@@ -24,7 +25,11 @@ def _bound(exact: Tensor, absolute: Tensor, num_inputs: int) -> Tensor:
 
 def _check(case: Case, y: Tensor) -> None:
     """Against sums in float64 of the values that the stored tensors stand for."""
-    x, weight = case.x.double(), _dense(case)
+    x, weight = case.x, _dense(case)
+    if case.use.scheme is not None and case.use.scheme.type is WeightType.FP8:
+        group_size = None if case.use.scheme.strategy is Strategy.CHANNEL else 128
+        x = reference.round_activations_fp8(x, group_size=group_size)
+    x = x.double()
     if case.use.operator.is_grouped:
         parts = zip(x.split([2, 0, 3]), weight, strict=True)
         exact, absolute = map(torch.cat, zip(*((r @ w.T, r.abs() @ w.abs().T) for r, w in parts), strict=True))
@@ -43,6 +48,9 @@ def _dense(case: Case) -> Tensor:
     codes, scale = case.tensors
     if case.use.scheme.type is WeightType.INT8:
         return codes.double() * scale.double()
+    if case.use.scheme.type is WeightType.FP8:
+        parts = zip(codes.view(-1, *codes.shape[-2:]), scale.view(-1, *scale.shape[-2:]), strict=True)
+        return torch.stack([reference.dequantize_fp8(*part, torch.float64) for part in parts]).view(codes.shape)
     if codes.dim() == 2:
         return reference.dequantize_int4(codes, scale, case.use.in_features, torch.float64)
     stacks = zip(codes, scale, strict=True)
@@ -78,6 +86,26 @@ def test_int8_of_many_rows_goes_tile_by_tile(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("llama4_quant.ops.torch_cpu._INT8_TILE", 24)
     case = make_case(Operator.LINEAR_INT8, rows=(17,), bias=True)
     _check(case, choose("torch", case.use).call(*case.arguments))
+
+
+@pytest.mark.parametrize(("scheme", "shape"), [(FP8, (64, 128)), (FP8, (97, 40)), (FP8_BLOCK, (300, 256))])
+@pytest.mark.parametrize("operator", [Operator.LINEAR_FP8, Operator.GROUPED_FP8])
+@pytest.mark.parametrize("tile", [1, 1 << 19])
+def test_fp8(
+    operator: Operator, scheme: WeightScheme, shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama4_quant.ops.torch_cpu._FP8_TILE", tile)
+    case = make_case(operator, scheme=scheme, shape=shape, bias=operator is Operator.LINEAR_FP8)
+    _check(case, choose("torch", case.use).call(*case.arguments))
+
+
+def test_every_fp8_code_is_converted_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    expected = codes.float()
+    is_number = ~expected.isnan()
+    converted = _fp8_to_bf16(codes).float()
+    assert torch.equal(converted[is_number], expected[is_number])
+    assert torch.equal(converted.signbit(), expected.signbit())
 
 
 @pytest.mark.parametrize("num_rows", [16, 64, 80, 144, 304])
