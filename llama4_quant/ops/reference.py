@@ -73,6 +73,26 @@ def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     return functional.linear(rounded, dequantize_fp8(weight, weight_scale, x.dtype), bias)
 
 
+def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias` with a weight [N, K] in x's dtype: [..., K] to [..., N]."""
+    return functional.linear(x, weight, bias)
+
+
+def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias` with an int8 weight; activations are not rounded.
+
+    Args:
+        x: [..., K], floating point.
+        weight: [N, K] int8.
+        weight_scale: [N, 1].
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype; codes and scale are cast to it, as for the other formats.
+    """
+    return functional.linear(x, weight.to(x.dtype) * weight_scale.to(x.dtype), bias)
+
+
 def grouped_dense(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor) -> Tensor:
     """Multiply each expert's rows by its weight.
 
@@ -106,6 +126,16 @@ def grouped_fp8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale
         rows_per_expert,
         weight_ENK.shape[1],
         lambda expert: dequantize_fp8(weight_ENK[expert], scale_E[expert], x_RK.dtype),
+    )
+
+
+def grouped_int8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale_EN1: Tensor) -> Tensor:
+    """`grouped_dense` for stacks of `linear_int8`'s weights; `scale_EN1` is [E, N, 1]."""
+    return _grouped(
+        x_RK,
+        rows_per_expert,
+        weight_ENK.shape[1],
+        lambda expert: weight_ENK[expert].to(x_RK.dtype) * scale_EN1[expert].to(x_RK.dtype),
     )
 
 
