@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from llama4_quant.errors import UsageError
-from llama4_quant.ops import torch_cpu
+from llama4_quant.ops import native_support, torch_cpu
 from llama4_quant.ops.library import OPERATORS, Function
 from llama4_quant.ops.use import Kernel, Operator, Use
 
 BACKENDS: Mapping[Kernel, Callable[[Use], str | None]] = {
+    Kernel.NATIVE: native_support.why_not,
     Kernel.TORCH: torch_cpu.why_not,
     Kernel.REFERENCE: lambda _use: None,
 }

@@ -22,11 +22,6 @@ from llama4_quant.scheme import FP8_BLOCK_SIZE
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
-def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ W.T + bias`: [..., K] with [N, K] and [N], all in one dtype, -> [..., N]."""
-    return functional.linear(x, weight, bias)
-
-
 def linear_int4(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` with an int4 weight.
 
@@ -40,21 +35,6 @@ def linear_int4(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Te
         [..., N] in x's dtype.
     """
     return functional.linear(x, dequantize_int4(weight_packed, weight_scale, x.shape[-1], x.dtype), bias)
-
-
-def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ W.T + bias` with an int8 weight; activations stay as they are.
-
-    Args:
-        x: [..., K], floating point.
-        weight: [N, K] int8.
-        weight_scale: [N, 1] bf16.
-        bias: [N] or None.
-
-    Returns:
-        [..., N] in x's dtype.
-    """
-    return functional.linear(x, weight.to(x.dtype) * weight_scale.to(x.dtype), bias)
 
 
 def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,17 +7,14 @@ import torch
 from ops.op_cases import INT4, INT4_CHANNEL, SCHEME_OF, make_case
 
 from llama4_quant.errors import UsageError
-from llama4_quant.ops import Kernel, Operator, Use, choose, count_kernels, explain
-from llama4_quant.ops import dispatch as dispatch_module
+from llama4_quant.ops import Kernel, Operator, Use, choose, count_kernels, explain, native, native_support
 from llama4_quant.scheme import Strategy, WeightScheme, WeightType
 
 
 @pytest.fixture
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a compiler."""
-    backends = {Kernel.NATIVE: lambda _use: "no C++ compiler", **dispatch_module.BACKENDS}
-    backends[Kernel.NATIVE] = lambda _use: "no C++ compiler"
-    monkeypatch.setattr(dispatch_module, "BACKENDS", backends)
+    monkeypatch.setattr(native_support.native, "probe", lambda: "no C++ compiler")
 
 
 def _use(operator: Operator, **changes: object) -> Use:
@@ -56,17 +53,18 @@ def test_auto_takes_the_first_that_can(operator: Operator, changes: dict[str, ob
     assert choice.kernel is expected
     order = [Kernel.NATIVE, Kernel.TORCH, Kernel.REFERENCE]
     assert [kernel for kernel, _ in choice.rejected] == order[: order.index(expected)]
-    assert choice.rejected[0] == (Kernel.NATIVE, "no C++ compiler")
+    if not changes:
+        assert choice.rejected[0] == (Kernel.NATIVE, "no C++ compiler")
 
 
 @pytest.mark.usefixtures("without_native")
 def test_a_kernel_that_cannot_is_an_error_with_every_reason() -> None:
-    use = _use(Operator.LINEAR_INT4, dtype=torch.float32, name="layers.0.q_proj")
+    use = _use(Operator.LINEAR_INT4, out_features=70, name="layers.0.q_proj")
     with pytest.raises(UsageError) as error:
         choose("torch", use)
-    reasons = "native: no C++ compiler; torch: dtype float32: the kernels take bfloat16; reference: can run"
+    reasons = "native: no C++ compiler; torch: out_features 70 is not divisible by 16; reference: can run"
     assert str(error.value) == (
-        "kernel torch cannot run layers.0.q_proj: linear_int4 of [64, 128] int4 g32, float32 on cpu: "
+        "kernel torch cannot run layers.0.q_proj: linear_int4 of [70, 128] int4 g32, bfloat16 on cpu: "
         f"{reasons}; --kernel auto takes the first that can"
     )
     assert explain(use) == reasons
@@ -103,3 +101,17 @@ def test_only_torchs_int4_wants_another_order_of_bytes() -> None:
             choice = choose(kernel, _use(operator))
             assert choice.repacks == (scheme is INT4 and kernel is Kernel.TORCH)
             assert (choice.stored_call is choice.call) != choice.repacks
+
+
+GROUPS = [(k, g) for k in (96, 128, 192, 384) for g in (32, 48, 64, 96, 128, 192, 384, None) if k % (g or 1) == 0]
+
+
+@pytest.mark.parametrize(("in_features", "group_size"), GROUPS)
+def test_native_support_is_what_the_kernels_check(in_features: int, group_size: int | None) -> None:
+    strategy = Strategy.CHANNEL if group_size is None else Strategy.GROUP
+    scheme = WeightScheme(type=WeightType.INT4, strategy=strategy, group_size=group_size)
+    for operator in (Operator.LINEAR_INT4, Operator.GROUPED_INT4):
+        use = _use(operator, scheme=scheme, in_features=in_features)
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in use.stored_tensors().values()]
+        said = native.why_not_int4(torch.empty(1, in_features, dtype=torch.bfloat16), *tensors)
+        assert (native_support.why_not(use) is None) == (said is None)
