@@ -1,11 +1,13 @@
-"""torch's kernels against the reference in float64, with bounds for bfloat16 arithmetic."""
+"""The kernels for processors against sums in float64, with bounds for bfloat16 arithmetic; and how torch's repack."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from ops.op_cases import FP8, INT4, INT4_CHANNEL, INT8, Case, make_case, random, stored
 from torch import Tensor
 
-from llama4_quant.ops import Operator, choose, reference, repack_int4
+from llama4_quant.ops import Kernel, Operator, choose, native, reference, repack_int4
 from llama4_quant.ops.torch_cpu import _fp8_to_bf16, kernel_group_size
 from llama4_quant.scheme import Strategy, WeightScheme, WeightType
 
@@ -13,6 +15,21 @@ FP8_BLOCK = WeightScheme(type=WeightType.FP8, strategy=Strategy.BLOCK)
 INT4_128 = WeightScheme(type=WeightType.INT4, strategy=Strategy.GROUP, group_size=128)
 EPS = 2.0**-8
 """Of one rounding to bfloat16: half of the distance between neighbours, relative."""
+
+
+FAST = [Kernel.TORCH, Kernel.NATIVE]
+
+
+def _run(case: Case, kernel: Kernel) -> Tensor:
+    """On a copy of the weight, since repacking overwrites it."""
+    use = case.use
+    if kernel is Kernel.NATIVE and (reason := native.probe()) is not None:
+        pytest.skip(reason)
+    choice = choose(kernel, use)
+    tensors = tuple(tensor.clone() for tensor in case.tensors)
+    if choice.repacks:
+        tensors = repack_int4(*tensors)
+    return choice.call(*replace(case, tensors=tensors).arguments)
 
 
 def _bound(exact: Tensor, absolute: Tensor, num_inputs: int) -> Tensor:
@@ -60,43 +77,47 @@ def _dense(case: Case) -> Tensor:
 @pytest.mark.parametrize("scheme", [INT4, INT4_128, INT4_CHANNEL])
 @pytest.mark.parametrize("shape", [(64, 128), (16, 384), (80, 256), (208, 128)])
 @pytest.mark.parametrize("operator", [Operator.LINEAR_INT4, Operator.GROUPED_INT4])
-def test_int4(operator: Operator, scheme: WeightScheme, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kernel", FAST)
+def test_int4(kernel: Kernel, operator: Operator, scheme: WeightScheme, shape: tuple[int, int]) -> None:
     case = make_case(operator, scheme=scheme, shape=shape, bias=operator is Operator.LINEAR_INT4)
-    x, *rest = case.arguments
-    first = 1 if operator.is_grouped else 0
-    packed, scale = case.tensors
-    rest[first : first + 2] = repack_int4(packed.clone(), scale)
-    _check(case, choose("torch", case.use).call(x, *rest))
+    _check(case, _run(case, kernel))
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (97, 40)])
-def test_dense_experts(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kernel", FAST)
+def test_dense_experts(kernel: Kernel, shape: tuple[int, int]) -> None:
     case = make_case(Operator.GROUPED_DENSE, shape=shape)
-    _check(case, choose("torch", case.use).call(*case.arguments))
+    _check(case, _run(case, kernel))
 
 
 @pytest.mark.parametrize("rows", [(1,), (2, 3), (40,)])
 @pytest.mark.parametrize("shape", [(64, 128), (97, 48)])
-def test_int8(rows: tuple[int, ...], shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kernel", FAST)
+def test_int8(kernel: Kernel, rows: tuple[int, ...], shape: tuple[int, int]) -> None:
     case = make_case(Operator.LINEAR_INT8, scheme=INT8, rows=rows, shape=shape, bias=True)
-    _check(case, choose("torch", case.use).call(*case.arguments))
+    _check(case, _run(case, kernel))
 
 
 def test_int8_of_many_rows_goes_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama4_quant.ops.torch_cpu._INT8_TILE", 24)
     case = make_case(Operator.LINEAR_INT8, rows=(17,), bias=True)
-    _check(case, choose("torch", case.use).call(*case.arguments))
+    _check(case, _run(case, Kernel.TORCH))
 
 
 @pytest.mark.parametrize(("scheme", "shape"), [(FP8, (64, 128)), (FP8, (97, 40)), (FP8_BLOCK, (300, 256))])
 @pytest.mark.parametrize("operator", [Operator.LINEAR_FP8, Operator.GROUPED_FP8])
-@pytest.mark.parametrize("tile", [1, 1 << 19])
+@pytest.mark.parametrize(("kernel", "tile"), [(Kernel.TORCH, 1), (Kernel.TORCH, 1 << 19), (Kernel.NATIVE, 1)])
 def test_fp8(
-    operator: Operator, scheme: WeightScheme, shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+    operator: Operator,
+    scheme: WeightScheme,
+    shape: tuple[int, int],
+    kernel: Kernel,
+    tile: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("llama4_quant.ops.torch_cpu._FP8_TILE", tile)
     case = make_case(operator, scheme=scheme, shape=shape, bias=operator is Operator.LINEAR_FP8)
-    _check(case, choose("torch", case.use).call(*case.arguments))
+    _check(case, _run(case, kernel))
 
 
 def test_every_fp8_code_is_converted_exactly() -> None:
