@@ -58,6 +58,8 @@ def generate_command(
     ignore: tuple[str, ...],
     device: str,
     dtype: str,
+    kernel: str,
+    lm_head: str | None,
     revision: str | None,
     as_json: bool,
 ) -> None:
@@ -71,7 +73,7 @@ def generate_command(
     chosen = optional_scheme(scheme, group_size, observer, quantize, ignore)
     folder = resolve(model, revision)
     with byte_progress("loading", load_size(folder)) as advance:
-        loaded = load(folder, chosen, device, dtype, progress=advance)
+        loaded = load(folder, chosen, device, dtype, kernel=kernel, lm_head=lm_head, progress=advance)
     pipeline = Pipeline.around(loaded, folder)
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings = _settings(pipeline.settings, {key: value for key, value in given.items() if value is not None}, seed)

@@ -13,15 +13,18 @@ from llama4_quant.inspect import Inspection, inspect
 @click.command("inspect", short_help="Show what a checkpoint holds.")
 @click.argument("source", metavar="SRC")
 @click.option("--weights", is_flag=True, help="List every weight instead of a summary by role.")
+@click.option("--kernels", is_flag=True, help="Also show what would run the weights on this machine's processor.")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @json_option
-def inspect_command(source: str, weights: bool, revision: str | None, as_json: bool) -> None:
+def inspect_command(source: str, weights: bool, kernels: bool, revision: str | None, as_json: bool) -> None:
     """Show what a checkpoint holds, BF16 or quantized: architecture, weights by role, bits per weight."""
-    found = inspect(source, revision=revision)
+    found = inspect(source, kernels=kernels, revision=revision)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found)))
         return
     _show_weights(found) if weights else _show_summary(found)
+    if found.kernels:
+        _show_kernels(found)
 
 
 def _show_summary(found: Inspection) -> None:
@@ -49,3 +52,11 @@ def _show_weights(found: Inspection) -> None:
             weight.name, weight.role, weight.stored_as, "x".join(map(str, weight.shape)), size(weight.num_bytes)
         )
     out.print(weights)
+
+
+def _show_kernels(found: Inspection) -> None:
+    kernels = table("Kernels, in bfloat16 on this processor", "operator", "kernel", "why not", "weights", left=3)
+    for kernel in found.kernels:
+        reasons = "\n".join(f"{backend}: {reason}" for backend, reason in kernel.rejected)
+        kernels.add_row(kernel.operator, kernel.kernel, reasons, count(kernel.count))
+    console().print(kernels)

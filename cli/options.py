@@ -11,6 +11,8 @@ from llama4_quant.calibration.corpus import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_
 from llama4_quant.calibration.settings import Algorithm, Calibration, make_calibration
 from llama4_quant.errors import UsageError
 from llama4_quant.formats.choice import DEFAULT_SCHEMES, choose_format
+from llama4_quant.ops import Kernel
+from llama4_quant.runtime.head import HeadFormat
 from llama4_quant.scheme import INT4_GROUP_SIZES, KVCacheScheme, Observer, Scheme, SchemeName, preset
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -174,11 +176,26 @@ def optional_scheme(
     return None
 
 
+kernel_option = click.option(
+    "--kernel",
+    type=click.Choice([kernel.value for kernel in Kernel]),
+    default=Kernel.AUTO.value,
+    show_default=True,
+    help="What multiplies with the weights; auto: for each the first of native, torch, reference that can.",
+)
+
+
 def device_options() -> Decorator:
-    """--device and --dtype of the runtime."""
+    """--device, --dtype, --kernel and --lm-head of the runtime."""
     options = [
         click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, ..."),
         click.option("--dtype", default="bfloat16", show_default=True, help="Computation: bfloat16, float16, float32."),
+        kernel_option,
+        click.option(
+            "--lm-head",
+            type=click.Choice([stored.value for stored in HeadFormat]),
+            help="Quantize the head while loading, whatever else is quantized.",
+        ),
     ]
     return _chain(options)
 

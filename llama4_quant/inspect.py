@@ -7,7 +7,9 @@ from pathlib import Path
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_headers
 from llama4_quant.config import Llama4Config, TextConfig, VisionConfig
+from llama4_quant.ops import KernelCount
 from llama4_quant.plan import make_plan
+from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.stored import quantization_section, quantized_weights
 
 
@@ -36,7 +38,12 @@ class RoleCount:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
-    """A checkpoint's content; `facts` are (name, value) pairs about the architecture."""
+    """A checkpoint's content.
+
+    Attributes:
+        facts: (name, value) pairs about the architecture.
+        kernels: which backend would run how many weights, if that was asked.
+    """
 
     source: str
     facts: tuple[tuple[str, str], ...]
@@ -45,13 +52,16 @@ class Inspection:
     num_weights: int
     num_bytes: int
     num_files: int
+    kernels: tuple[KernelCount, ...] = ()
 
 
-def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
+def inspect(source: str | Path, *, kernels: bool = False, revision: str | None = None) -> Inspection:
     """Read config.json and the headers of a checkpoint; no weights are read.
 
     Args:
         source: a local directory, or a Hub id.
+        kernels: also say which backend would run its weights on this machine's processor in bfloat16. The first time
+            that compiles the native kernels.
         revision: branch, tag or commit of a Hub id.
 
     Raises:
@@ -68,6 +78,7 @@ def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
             num_weights=sum(weight.num_weights for weight in weights),
             num_bytes=sum(weight.num_bytes for weight in weights),
             num_files=len({entry.path for entry in reader.tensors.values()}),
+            kernels=_kernels(config, reader) if kernels else (),
         )
 
 
@@ -95,6 +106,13 @@ def _weights(config: Llama4Config, reader: CheckpointReader) -> Iterable[Inspect
             num_weights=weight.num_weights,
             num_bytes=sum(entry.nbytes for entry in entries),
         )
+
+
+def _kernels(config: Llama4Config, reader: CheckpointReader) -> tuple[KernelCount, ...]:
+    is_quantized = quantization_section(config) is not None
+    stored = quantized_weights(config, reader.tensors) if is_quantized else ()
+    schemes = {weight.name: weight.scheme for weight in stored}
+    return Llama4Model(config, scheme_of=schemes.get).kernels("cpu")
 
 
 def _count(weights: Iterable[InspectedWeight]) -> tuple[RoleCount, ...]:

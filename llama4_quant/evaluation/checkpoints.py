@@ -27,6 +27,8 @@ def evaluate(
     batch_size: int = 1,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.bfloat16,
+    kernel: str = "auto",
+    lm_head: str | None = None,
     revision: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EvaluationResult:
@@ -42,6 +44,8 @@ def evaluate(
         batch_size: windows per forward pass.
         device: where both models go.
         dtype: compute dtype of both models.
+        kernel: what multiplies with the weights of both models, as for `load`.
+        lm_head: quantize the head of `model` while loading: "int8" or "int4".
         revision: branch, tag or commit, if `model` is a Hub id.
         progress: called with the number of windows just done.
 
@@ -50,9 +54,15 @@ def evaluate(
     """
     folder = resolve(str(model), revision)
     windows_WL = text_windows(folder, Path(text), seq_length=seq_length, num_windows=num_windows)
-    compared = None if reference is None else _named(str(reference), resolve(str(reference)), None, device, dtype)
+    compared = None
+    if reference is not None:
+        loaded = load(resolve(str(reference)), None, device, dtype, kernel=kernel)
+        compared = measure.NamedModel(name=str(reference), logits=loaded)
     return measure.evaluate(
-        _named(str(model), folder, scheme, device, dtype),
+        measure.NamedModel(
+            name=_label(str(model), scheme, lm_head),
+            logits=load(folder, scheme, device, dtype, kernel=kernel, lm_head=lm_head),
+        ),
         windows_WL,
         reference=compared,
         batch_size=batch_size,
@@ -80,12 +90,7 @@ def text_windows(folder: Path, text: Path, *, seq_length: int, num_windows: int 
     )
 
 
-def _named(
-    name: str,
-    folder: Path,
-    scheme: str | Scheme | None,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-) -> measure.NamedModel:
+def _label(name: str, scheme: str | Scheme | None, lm_head: str | None) -> str:
+    """What a report calls a model."""
     label = name if scheme is None else f"{name} as {scheme.label if isinstance(scheme, Scheme) else scheme}"
-    return measure.NamedModel(name=label, logits=load(folder, scheme, device, dtype))
+    return label if lm_head is None else f"{label}, {lm_head} head"

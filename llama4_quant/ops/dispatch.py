@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from llama4_quant.errors import UsageError
-from llama4_quant.ops import torch_cpu
+from llama4_quant.ops import native_support, torch_cpu
 from llama4_quant.ops.library import OPERATORS, Function
 from llama4_quant.ops.use import Kernel, Operator, Use
 
 BACKENDS: Mapping[Kernel, Callable[[Use], str | None]] = {
+    Kernel.NATIVE: native_support.why_not,
     Kernel.TORCH: torch_cpu.why_not,
     Kernel.REFERENCE: lambda _use: None,
 }
@@ -41,6 +42,11 @@ class Choice:
         """`call` takes a weight only once it went through `repack_int4`."""
         return self.kernel is Kernel.TORCH and self.use.operator in {Operator.LINEAR_INT4, Operator.GROUPED_INT4}
 
+    @property
+    def stored_call(self) -> Function:
+        """What runs on the stored bytes: `call`, or the reference where `call` repacks."""
+        return overload(self.use.operator, Kernel.REFERENCE) if self.repacks else self.call
+
 
 def choose(kernel: Kernel | str, use: Use) -> Choice:
     """The backend that `kernel` names, or with `auto` the first in the table that can.
@@ -59,7 +65,7 @@ def choose(kernel: Kernel | str, use: Use) -> Choice:
         if reason is None:
             return Choice(use=use, kernel=backend, call=overload(use.operator, backend), rejected=tuple(rejected))
         rejected.append((backend, reason))
-    raise UsageError(f"kernel {asked} cannot run {use.label}:\n{explain(use)}\n--kernel auto takes the first that can")
+    raise UsageError(f"kernel {asked} cannot run {use.label}: {explain(use)}; --kernel auto takes the first that can")
 
 
 def overload(operator: Operator, kernel: Kernel) -> Function:
@@ -69,8 +75,8 @@ def overload(operator: Operator, kernel: Kernel) -> Function:
 
 
 def explain(use: Use) -> str:
-    """A line for every backend: what it says about `use`."""
-    return "\n".join(f"  {kernel}: {why_not(use) or 'can run'}" for kernel, why_not in BACKENDS.items())
+    """What every backend says about `use`: `native: no C++ compiler; torch: can run; reference: can run`."""
+    return "; ".join(f"{kernel}: {why_not(use) or 'can run'}" for kernel, why_not in BACKENDS.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

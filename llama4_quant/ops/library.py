@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama4_quant.ops import reference, torch_cpu
+from llama4_quant.ops import native, reference, torch_cpu
 from llama4_quant.ops.use import Kernel, Operator
 
 Function = Callable[..., Tensor]
@@ -68,12 +68,37 @@ def _differentiate_grouped_dense() -> None:
 
 
 _FUNCTIONS: dict[Operator, dict[Kernel, Function]] = {
-    Operator.LINEAR_INT4: {Kernel.TORCH: torch_cpu.linear_int4, Kernel.REFERENCE: reference.linear_int4},
-    Operator.LINEAR_INT8: {Kernel.TORCH: torch_cpu.linear_int8, Kernel.REFERENCE: reference.linear_int8},
-    Operator.LINEAR_FP8: {Kernel.REFERENCE: reference.linear_fp8},
-    Operator.GROUPED_DENSE: {Kernel.REFERENCE: reference.grouped_dense},
-    Operator.GROUPED_INT4: {Kernel.TORCH: torch_cpu.grouped_int4, Kernel.REFERENCE: reference.grouped_int4},
-    Operator.GROUPED_FP8: {Kernel.REFERENCE: reference.grouped_fp8},
+    Operator.LINEAR_DENSE: {Kernel.NATIVE: native.linear_dense},
+    Operator.LINEAR_INT4: {
+        Kernel.NATIVE: native.linear_int4,
+        Kernel.TORCH: torch_cpu.linear_int4,
+        Kernel.REFERENCE: reference.linear_int4,
+    },
+    Operator.LINEAR_INT8: {
+        Kernel.NATIVE: native.linear_int8,
+        Kernel.TORCH: torch_cpu.linear_int8,
+        Kernel.REFERENCE: reference.linear_int8,
+    },
+    Operator.LINEAR_FP8: {
+        Kernel.NATIVE: native.linear_fp8,
+        Kernel.TORCH: torch_cpu.linear_fp8,
+        Kernel.REFERENCE: reference.linear_fp8,
+    },
+    Operator.GROUPED_DENSE: {
+        Kernel.NATIVE: native.grouped_dense,
+        Kernel.TORCH: torch_cpu.grouped_dense,
+        Kernel.REFERENCE: reference.grouped_dense,
+    },
+    Operator.GROUPED_INT4: {
+        Kernel.NATIVE: native.grouped_int4,
+        Kernel.TORCH: torch_cpu.grouped_int4,
+        Kernel.REFERENCE: reference.grouped_int4,
+    },
+    Operator.GROUPED_FP8: {
+        Kernel.NATIVE: native.grouped_fp8,
+        Kernel.TORCH: torch_cpu.grouped_fp8,
+        Kernel.REFERENCE: reference.grouped_fp8,
+    },
 }
 OPERATORS: dict[Operator, dict[Kernel, Function]] = {
     operator: {kernel: _register(operator, kernel, function) for kernel, function in functions.items()}
@@ -81,5 +106,5 @@ OPERATORS: dict[Operator, dict[Kernel, Function]] = {
 }
 """Every operator's overloads, by backend."""
 # A dense product is an operator of torch already, with everything that torch knows about it.
-OPERATORS.setdefault(Operator.LINEAR_DENSE, {})[Kernel.REFERENCE] = reference.linear_dense
+OPERATORS[Operator.LINEAR_DENSE][Kernel.REFERENCE] = reference.linear_dense
 _differentiate_grouped_dense()

@@ -22,11 +22,6 @@ from llama4_quant.scheme import FP8_BLOCK_SIZE
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
-def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ W.T + bias`: [..., K] with [N, K] and [N], all in one dtype, -> [..., N]."""
-    return functional.linear(x, weight, bias)
-
-
 def linear_int4(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` with an int4 weight.
 
@@ -42,21 +37,6 @@ def linear_int4(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Te
     return functional.linear(x, dequantize_int4(weight_packed, weight_scale, x.shape[-1], x.dtype), bias)
 
 
-def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ W.T + bias` with an int8 weight; activations stay as they are.
-
-    Args:
-        x: [..., K], floating point.
-        weight: [N, K] int8.
-        weight_scale: [N, 1] bf16.
-        bias: [N] or None.
-
-    Returns:
-        [..., N] in x's dtype.
-    """
-    return functional.linear(x, weight.to(x.dtype) * weight_scale.to(x.dtype), bias)
-
-
 def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` with an FP8 weight and activations rounded to FP8 token by token.
 
@@ -69,8 +49,28 @@ def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     Returns:
         [..., N] in x's dtype; the products are taken in x's dtype.
     """
-    rounded = round_activations_fp8(x, group_size=_activation_group(weight, weight_scale))
+    rounded = round_activations_fp8(x, group_size=activation_group(weight, weight_scale))
     return functional.linear(rounded, dequantize_fp8(weight, weight_scale, x.dtype), bias)
+
+
+def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias` with a weight [N, K] in x's dtype: [..., K] to [..., N]."""
+    return functional.linear(x, weight, bias)
+
+
+def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias` with an int8 weight; activations are not rounded.
+
+    Args:
+        x: [..., K], floating point.
+        weight: [N, K] int8.
+        weight_scale: [N, 1].
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype; codes and scale are cast to it, as for the other formats.
+    """
+    return functional.linear(x, weight.to(x.dtype) * weight_scale.to(x.dtype), bias)
 
 
 def grouped_dense(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor) -> Tensor:
@@ -100,12 +100,22 @@ def grouped_int4(x_RK: Tensor, rows_per_expert: Tensor, packed_ENW: Tensor, scal
 
 def grouped_fp8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale_E: Tensor) -> Tensor:
     """`grouped_dense` for stacks of `linear_fp8`'s weights; `scale_E` is [E, N, 1] or [E, blocks of N, blocks of K]."""
-    rounded = round_activations_fp8(x_RK, group_size=_activation_group(weight_ENK[0], scale_E[0]))
+    rounded = round_activations_fp8(x_RK, group_size=activation_group(weight_ENK[0], scale_E[0]))
     return _grouped(
         rounded,
         rows_per_expert,
         weight_ENK.shape[1],
         lambda expert: dequantize_fp8(weight_ENK[expert], scale_E[expert], x_RK.dtype),
+    )
+
+
+def grouped_int8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale_EN1: Tensor) -> Tensor:
+    """`grouped_dense` for stacks of `linear_int8`'s weights; `scale_EN1` is [E, N, 1]."""
+    return _grouped(
+        x_RK,
+        rows_per_expert,
+        weight_ENK.shape[1],
+        lambda expert: weight_ENK[expert].to(x_RK.dtype) * scale_EN1[expert].to(x_RK.dtype),
     )
 
 
@@ -118,12 +128,22 @@ def dequantize_int4(weight_packed: Tensor, weight_scale: Tensor, in_features: in
 
 def dequantize_fp8(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes times scale, both in `dtype`: [N, K]."""
+    return weight.to(dtype) * fp8_scale(weight, weight_scale, dtype)
+
+
+def fp8_scale(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of every code of an FP8 weight [N, K]: [N, 1] or [N, K]."""
     num_rows, num_columns = weight.shape
     scale = weight_scale.to(dtype)
-    if not _is_per_channel(weight, weight_scale):
-        by_row = scale.repeat_interleave(FP8_BLOCK_SIZE, dim=0)[:num_rows]
-        scale = by_row.repeat_interleave(FP8_BLOCK_SIZE, dim=1)[:, :num_columns]
-    return weight.to(dtype) * scale
+    if _is_per_channel(weight, weight_scale):
+        return scale
+    by_row = scale.repeat_interleave(FP8_BLOCK_SIZE, dim=0)[:num_rows]
+    return by_row.repeat_interleave(FP8_BLOCK_SIZE, dim=1)[:, :num_columns]
+
+
+def activation_group(weight: Tensor, weight_scale: Tensor) -> int | None:
+    """The `group_size` of `round_activations_fp8` for an FP8 weight: that of its blocks, None for a scale a row."""
+    return None if _is_per_channel(weight, weight_scale) else FP8_BLOCK_SIZE
 
 
 def round_activations_fp8(x: Tensor, *, group_size: int | None = None) -> Tensor:
@@ -150,11 +170,6 @@ def round_fp8(x: Tensor, scale: float) -> Tensor:
 
 def _is_per_channel(weight: Tensor, weight_scale: Tensor) -> bool:
     return weight_scale.shape == (weight.shape[0], 1)
-
-
-def _activation_group(weight: Tensor, weight_scale: Tensor) -> int | None:
-    """Weights in blocks go with activations in groups of the same width."""
-    return None if _is_per_channel(weight, weight_scale) else FP8_BLOCK_SIZE
 
 
 def _grouped(x_RK: Tensor, rows_per_expert: Tensor, out_features: int, weight_of: Callable[[int], Tensor]) -> Tensor:

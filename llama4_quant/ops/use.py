@@ -6,6 +6,7 @@ from enum import StrEnum
 import torch
 
 from llama4_quant.errors import UsageError
+from llama4_quant.quantizers.packing import packed_features
 from llama4_quant.scheme import WeightScheme, WeightType
 
 
@@ -90,6 +91,20 @@ class Use:
         """What computes with this weight."""
         kind = None if self.scheme is None else self.scheme.type
         return (_LINEAR if self.num_experts is None else _GROUPED)[kind]
+
+    def stored_tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype, by name on disk, of the tensors that store the weight; of a stack, with E in front."""
+        leading = () if self.num_experts is None else (self.num_experts,)
+        shape = (*leading, self.out_features, self.in_features)
+        if self.scheme is None:
+            return {"weight": (shape, self.dtype)}
+        scale_shape = (*leading, *self.scheme.scale_shape(self.out_features, self.in_features))
+        if self.scheme.type is WeightType.INT4:
+            packed = (*leading, self.out_features, packed_features(self.in_features))
+            return {"weight_packed": (packed, torch.int32), "weight_scale": (scale_shape, torch.bfloat16)}
+        if self.scheme.type is WeightType.INT8:
+            return {"weight": (shape, torch.int8), "weight_scale": (scale_shape, torch.bfloat16)}
+        return {"weight": (shape, torch.float8_e4m3fn), "weight_scale": (scale_shape, torch.float32)}
 
     @property
     def group_size(self) -> int:

@@ -1,36 +1,18 @@
-"""kernels.cpp as a loaded library: compiled on first use with the C++ compiler of the machine, then kept on disk.
-
-The library is kept under `$XDG_CACHE_HOME/llama4-quant` (else `~/.cache/llama4-quant`), named by a digest of everything
-that it depends on: source, compiler and flags, and the CPU, whose instructions `-march=native` uses. Processes that
-compile at once do the same work and the last rename wins. Without a place to keep it, it lives as long as the process.
-"""
+"""kernels.cpp as a loaded library (see llama4_quant/native.py)."""
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import sys
-import tempfile
-from importlib import resources
 from pathlib import Path
 
-SOURCES = ("kernels.cpp", "kernels.h")
-COMPILERS = ("c++", "g++", "clang++")
-# Contraction and fast-math would change results; the two -fno-... only let comparisons and square roots be vectorised.
-FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fno-exceptions", "-fno-rtti", "-Wno-psabi", "-shared", "-fPIC"),
+from llama4_quant.native import NativeUnavailableError, Program, compile_and_load
+
+__all__ = ["Job", "Library", "NativeUnavailableError", "build"]
+
+PROGRAM = Program(
+    name="kernels",
+    package="llama4_quant.quantizers",
+    sources=("kernels.cpp", "kernels.h"),
+    flags=("-march=native", "-ffp-contract=off"),  # contraction would change results
 )
-_COMPILE_SECONDS = 180
-
-
-class NativeUnavailableError(Exception):
-    """There is no compiled library; the message says why, for the report."""
 
 
 class Job(ctypes.Structure):
@@ -52,10 +34,10 @@ class Library:
         compiler: what compiled it: the first line of its --version.
     """
 
-    def __init__(self, path: Path, compiler: str) -> None:
+    def __init__(self, path: Path, compiler: str, functions: ctypes.CDLL) -> None:
         self.path = path
         self.compiler = compiler
-        self._quantize = ctypes.CDLL(str(path)).llama4_quant_quantize
+        self._quantize = functions.llama4_quant_quantize
         self._quantize.argtypes = (ctypes.POINTER(Job),)
         self._quantize.restype = ctypes.c_int32
 
@@ -70,88 +52,8 @@ def build() -> Library:
     Raises:
         NativeUnavailableError: no compiler, or it failed, or this machine is not little-endian.
     """
-    if sys.byteorder != "little":
-        raise NativeUnavailableError("the machine is big-endian")
-    command = _compiler()
-    version = _run([command[0], "--version"]).splitlines()[0]
-    sources = _sources()
-    key = hashlib.sha256(
-        "\0".join([version, *command, *FLAGS, _cpu()]).encode() + b"\0".join(sources.values())
-    ).hexdigest()[:24]
-    path = _folder() / f"kernels-{key}.so"
+    compiled = compile_and_load(PROGRAM)
     try:
-        if not path.exists():
-            _compile(command, sources, path)
-        return Library(path, version)
-    except OSError as error:
+        return Library(compiled.path, compiled.compiler, compiled.functions)
+    except AttributeError as error:
         raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
-
-
-def _sources() -> dict[str, bytes]:
-    package = resources.files("llama4_quant.quantizers")
-    try:
-        return {name: package.joinpath(name).read_bytes() for name in SOURCES}
-    except OSError as error:
-        raise NativeUnavailableError(f"the installation lacks the source of the kernels: {error}") from error
-
-
-def _compiler() -> list[str]:
-    """The command in $CXX, else the first compiler found."""
-    wanted = shlex.split(os.environ.get("CXX", ""))
-    names = (wanted[0],) if wanted else COMPILERS
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        raise NativeUnavailableError(f"no C++ compiler found (looked for {', '.join(names)})")
-    return [found, *wanted[1:]]
-
-
-def _compile(command: list[str], sources: dict[str, bytes], path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        for name, source in sources.items():
-            Path(folder, name).write_bytes(source)
-        built = Path(folder, "kernels.so")
-        _run([*command, *FLAGS, str(Path(folder, SOURCES[0])), "-o", str(built)])
-        built.replace(path)
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailableError(f"{command[0]} does not run: {error}") from error
-    if done.returncode:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-        raise NativeUnavailableError(f"{command[0]} failed with status {done.returncode}: {first}")
-    return done.stdout
-
-
-def _cpu() -> str:
-    """What -march=native looks at."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return f"{platform.machine()} {platform.processor()} {platform.node()}"
-    first = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
-    kept = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
-    return "\n".join([platform.machine(), *(line for line in first if line.startswith(kept) and "MHz" not in line)])
-
-
-def _folder() -> Path:
-    """A folder that nobody else can write to, since what lies in it is executed."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama4-quant"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if (
-            found.st_uid == os.getuid()
-            and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            and os.access(folder, os.W_OK)
-        ):
-            return folder
-    except (OSError, RuntimeError):
-        pass
-    return Path(_process_folder().name)
-
-
-@functools.cache
-def _process_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="llama4-quant-")

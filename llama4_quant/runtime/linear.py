@@ -18,32 +18,16 @@ from llama4_quant.errors import SchemeError
 from llama4_quant.scheme import SchemeLookup, WeightScheme, WeightType
 
 
-def stored_tensors(
-    scheme: WeightScheme | None, out_features: int, in_features: int, dtype: torch.dtype
-) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-    """Shape and dtype, by name, of the tensors that store one [out_features, in_features] weight."""
-    if scheme is None:
-        return {"weight": ((out_features, in_features), dtype)}
-    scale_shape = scheme.scale_shape(out_features, in_features)
-    if scheme.type is WeightType.INT4:
-        packed_shape = (out_features, -(-in_features // 8))
-        return {"weight_packed": (packed_shape, torch.int32), "weight_scale": (scale_shape, torch.bfloat16)}
-    if scheme.type is WeightType.INT8:
-        codes_shape = (out_features, in_features)
-        return {"weight": (codes_shape, torch.int8), "weight_scale": (scale_shape, torch.bfloat16)}
-    return {"weight": ((out_features, in_features), torch.float8_e4m3fn), "weight_scale": (scale_shape, torch.float32)}
-
-
 class WeightStorage(nn.Module):
     """Storage of one [N, K] weight, or with `num_experts` of a stack of them: every tensor then has E in front.
 
     Attributes:
         stored_names: names of the parameters that make up the weight (a bias is not among them).
-        choice: the kernel that will run; None as long as the weight has no place, on the meta device.
+        choice: the kernel that will run.
         call: what `forward` calls.
     """
 
-    choice: ops.Choice | None
+    choice: ops.Choice
     call: Callable[..., Tensor]
 
     def __init__(
@@ -70,11 +54,6 @@ class WeightStorage(nn.Module):
             UsageError: the kernel that the builder asks for cannot run this weight.
         """
         super().__init__()
-        leading = () if num_experts is None else (num_experts,)
-        layout = stored_tensors(scheme, out_features, in_features, builder.dtype)
-        for tensor, (shape, stored_dtype) in layout.items():
-            self.register_parameter(tensor, empty_parameter((*leading, *shape), stored_dtype, builder.device))
-        self.stored_names = tuple(layout)
         self._kernel = builder.kernel
         self._use = ops.Use(
             name=name,
@@ -85,7 +64,19 @@ class WeightStorage(nn.Module):
             device=builder.device,
             num_experts=num_experts,
         )
+        layout = self._use.stored_tensors()
+        for tensor, (shape, stored_dtype) in layout.items():
+            self.register_parameter(tensor, empty_parameter(shape, stored_dtype, builder.device))
+        self.stored_names = tuple(layout)
         self.choose(builder.device)
+
+    def choice_for(self, device: torch.device) -> ops.Choice:
+        """The kernel that would run on a device.
+
+        Raises:
+            UsageError: the kernel asked for cannot run this weight there.
+        """
+        return ops.choose(self._kernel, replace(self._use, device=device))
 
     def choose(self, device: torch.device) -> None:
         """Choose the kernel for a device, where the weight is from now on.
@@ -93,17 +84,14 @@ class WeightStorage(nn.Module):
         Raises:
             UsageError: the kernel asked for cannot run this weight there.
         """
-        self._use = replace(self._use, device=device)
-        self.choice = None if device.type == "meta" else ops.choose(self._kernel, self._use)
-        if self.choice is None or self.choice.repacks:
-            # Before `repack` the bytes are the stored ones, which the reference takes.
-            self.call = ops.overload(self._use.operator, ops.Kernel.REFERENCE)
-        else:
-            self.call = self.choice.call
+        # On meta nothing runs, and a kernel that is asked for may well not run there.
+        self.choice = ops.choose(ops.Kernel.REFERENCE, self._use) if device.type == "meta" else self.choice_for(device)
+        # Before `repack` the bytes are the stored ones, which the reference takes.
+        self.call = self.choice.stored_call
 
     def repack(self) -> None:
         """Once the weight is filled: put it in the order that its kernel wants, if that is not the stored one."""
-        if self.choice is None or not self.choice.repacks or self.call is self.choice.call:
+        if not self.choice.repacks or self.call is self.choice.call:
             return
         for name, tensor in zip(self.stored_names, ops.repack_int4(*self.stored().values()), strict=True):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))

@@ -133,11 +133,19 @@ class Llama4Model(nn.Module):
         for weight in self._weights():
             weight.repack()
 
-    def kernels(self) -> tuple[ops.KernelCount, ...]:
-        """Which backend runs how many weights, by operator, and why none that comes first in the table."""
-        choices = [weight.choice for weight in self._weights() if weight.choice is not None]
+    def kernels(self, device: torch.device | str | None = None) -> tuple[ops.KernelCount, ...]:
+        """Which backend runs how many weights, by operator, and why none that comes first in the table.
+
+        Args:
+            device: where the model is to be, if it is not there; nothing is moved.
+
+        Raises:
+            UsageError: the kernel asked for cannot run a weight there.
+        """
+        place = self.device if device is None else torch.device(device)
+        choices = [weight.choice_for(place) for weight in self._weights()]
         offloaded = (module for module in self.modules() if isinstance(module, OffloadedExperts))
-        return ops.count_kernels([*choices, *(choice for module in offloaded for choice in module.choices.values())])
+        return ops.count_kernels([*choices, *(choice for m in offloaded for choice in m.choices_for(place).values())])
 
     def attach_experts(self, store: ExpertStore) -> None:
         """Say where offloaded experts are; the store is closed with the model."""

@@ -66,10 +66,11 @@ class OffloadedExperts(nn.Module):
 
     def choose(self, device: torch.device) -> None:
         """Choose the kernels for a device, where the experts will work; errors as of the constructor."""
-        self._uses = {projection: replace(use, device=device) for projection, use in self._uses.items()}
-        self.choices = {}
-        if device.type != "meta":
-            self.choices = {projection: self._choose(use) for projection, use in self._uses.items()}
+        self.choices = {} if device.type == "meta" else self.choices_for(device)
+
+    def choices_for(self, device: torch.device) -> dict[str, ops.Choice]:
+        """By projection, the kernel that would run on a device; errors as of the constructor."""
+        return {projection: self._choose(replace(use, device=device)) for projection, use in self._uses.items()}
 
     def _choose(self, use: ops.Use) -> ops.Choice:
         choice = ops.choose(self._kernel, use)

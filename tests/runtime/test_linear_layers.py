@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from llama4_quant.errors import SchemeError
-from llama4_quant.ops import reference
+from llama4_quant.ops import Kernel, reference
 from llama4_quant.quantizers.packing import pack_int4
 from llama4_quant.quantizers.quantize import quantize_weight
-from llama4_quant.runtime.linear import Builder, DenseLinear, Fp8Linear, Int4Linear, Int8Linear, Linear
+from llama4_quant.runtime.experts import make_stack
+from llama4_quant.runtime.linear import Builder, DenseLinear, Fp8Linear, Int4Linear, Int8Linear, Linear, WeightStorage
+from llama4_quant.runtime.model import materialize
 from llama4_quant.scheme import Observer, Strategy, WeightScheme, WeightType
 
 INT4 = WeightScheme(type=WeightType.INT4, strategy=Strategy.GROUP, group_size=32)
@@ -85,3 +87,27 @@ def test_builder_asks_by_full_name_and_checks_divisibility() -> None:
     with pytest.raises(SchemeError, match=r"model\.layers\.3\.k_proj: in_features 48 is not divisible"):
         builder.linear("k_proj", 8, 48)
     assert asked == ["model.layers.3.q_proj", "model.layers.3.k_proj"]
+
+
+@pytest.mark.parametrize("num_experts", [None, 3])
+def test_a_weight_is_repacked_once_and_in_place(num_experts: int | None) -> None:
+    builder = Builder(dtype=torch.bfloat16, device=META, scheme_of=lambda _: INT4, kernel=Kernel.TORCH, name="e")
+    if num_experts is None:
+        layer: WeightStorage = builder.linear("proj", 64, 128)
+    else:
+        layer = make_stack(builder, "proj", num_experts, 64, 128)
+    materialize(layer, "cpu")
+    stored = layer.stored()
+    packed = torch.randint(-(2**31), 2**31, stored["weight_packed"].shape, dtype=torch.int64).to(torch.int32)
+    stored["weight_packed"].copy_(packed)
+    stored["weight_scale"].fill_(0.5)  # a power of two: dequantized weights are exact in bf16
+    x = torch.randint(-4, 5, (6, 128)).bfloat16()
+    arguments = (x,) if num_experts is None else (x, torch.tensor([2, 0, 4]))
+    before = layer(*arguments)  # not repacked yet: the reference takes the stored bytes
+    layer.repack()
+    layer.repack()  # nothing happens
+    assert layer.choice.kernel is Kernel.TORCH
+    assert layer.call is layer.choice.call
+    assert layer.stored()["weight_packed"].data_ptr() == stored["weight_packed"].data_ptr()
+    # Products and sums of these numbers are exact in float32, so both round once to the same bf16.
+    assert torch.equal(layer(*arguments), before)

@@ -33,7 +33,10 @@ def _quantized_copy(source: Llama4Model, scheme: WeightScheme) -> Llama4Model:
     """`source` with its linear weights quantized; `source` itself gets the dequantized values."""
     names = _quantizable(source.config)
     model = Llama4Model(
-        source.config, scheme_of=lambda name: scheme if name in names else None, dtype=source.dtype
+        source.config,
+        scheme_of=lambda name: scheme if name in names else None,
+        dtype=source.dtype,
+        kernel="reference",
     ).materialize("cpu")
     plain = source.plain_targets()
     for name, target in model.plain_targets().items():
@@ -103,7 +106,7 @@ def test_materialize_keeps_content() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int4_model_equals_dense_model_of_its_values(dtype: torch.dtype) -> None:
-    dense = random_model(image_config(), dtype)
+    dense = random_model(image_config(), dtype, kernel="reference")
     quantized = _quantized_copy(dense, INT4)
     ids, pixels = _image_inputs()
     logits = quantized(ids, pixel_values=pixels)
@@ -113,7 +116,7 @@ def test_int4_model_equals_dense_model_of_its_values(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_model_equals_dense_model_with_rounded_activations(dtype: torch.dtype) -> None:
-    dense = random_model(image_config(), dtype)
+    dense = random_model(image_config(), dtype, kernel="reference")
     quantized = _quantized_copy(dense, FP8)
     names = _quantizable(dense.config)
     for path, module in dense.named_modules():

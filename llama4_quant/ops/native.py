@@ -1,0 +1,172 @@
+"""The operators of reference.py as compiled CPU kernels: weights are read where they lie, as they are stored.
+
+Nothing is repacked or kept, so a weight may be a view of a memory-mapped file. Activations and results are bf16; for
+other operands `why_not_dense`, `why_not_int4`, `why_not_fp8` and `why_not_int8` give the reason, which a caller that
+can use another backend asks for first: operators raise it. `probe()` says whether there are kernels at all; they are
+compiled on first use (llama4_quant/native.py).
+
+Numbers, with their bounds in docs/kernels-cpu.md: products are summed in float32, and results rounded to bf16 once.
+They do not depend on the number of threads, which is torch's. FP8 activations get the codes of reference.py.
+
+Shape letters: E experts, G groups, K in, N out, R rows of expert work, W words of 8 codes; `...` leading dimensions.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from llama4_quant.native import NativeUnavailableError
+from llama4_quant.ops.native_checks import is_per_row, why_not_dense, why_not_fp8, why_not_int4, why_not_int8
+from llama4_quant.ops.native_library import Format, Library, Task, build
+
+__all__ = [
+    "description",
+    "grouped_dense",
+    "grouped_fp8",
+    "grouped_int4",
+    "grouped_int8",
+    "linear_dense",
+    "linear_fp8",
+    "linear_int4",
+    "linear_int8",
+    "probe",
+    "why_not_dense",
+    "why_not_fp8",
+    "why_not_int4",
+    "why_not_int8",
+]
+
+_SCALE_TYPES = {torch.bfloat16: 1, torch.float32: 2}
+
+
+def probe() -> str | None:
+    """Why there are no compiled kernels; None if there are. Compiles them on first use, after that it costs nothing."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+def description() -> str:
+    """For reports: the instructions that are used and the compiler, or why there are no compiled kernels."""
+    found = _library()
+    return found if isinstance(found, str) else f"{found.instructions}, {found.compiler}"
+
+
+def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`: x [..., K], weight [N, K], bias [N] or None. Returns [..., N].
+
+    Raises:
+        ValueError: what `why_not_dense` says; the other operators likewise.
+        RuntimeError: there are no compiled kernels; `probe` says why.
+    """
+    _require(why_not_dense(x, weight, bias), dims=weight.dim() == 2)
+    return _linear(Format.BF16, x, weight, None, bias)
+
+
+def linear_int4(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """reference.linear_int4: weight_packed int32 [N, W], weight_scale bf16 [N, G]. Returns [..., N]."""
+    _require(why_not_int4(x, weight_packed, weight_scale, bias), dims=weight_packed.dim() == 2)
+    return _linear(Format.INT4, x, weight_packed, weight_scale, bias)
+
+
+def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """reference.linear_fp8: weight e4m3 [N, K], weight_scale float32 [N, 1] or in blocks. Returns [..., N]."""
+    _require(why_not_fp8(x, weight, weight_scale, bias), dims=weight.dim() == 2)
+    return _linear(Format.FP8, x, weight, weight_scale, bias)
+
+
+def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """reference.linear_int8: weight int8 [N, K], weight_scale float32 or bf16 [N, 1]. Returns [..., N]."""
+    _require(why_not_int8(x, weight, weight_scale, bias), dims=weight.dim() == 2)
+    return _linear(Format.INT8, x, weight, weight_scale, bias)
+
+
+def grouped_dense(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor) -> Tensor:
+    """reference.grouped_dense. The weights of an expert without rows are not read.
+
+    Args:
+        x_RK: rows sorted by expert.
+        rows_per_expert: [E] integers on the CPU that sum to R.
+        weight_ENK: stacked weights; the experts themselves may lie apart.
+
+    Returns:
+        [R, N].
+    """
+    _require(why_not_dense(x_RK, weight_ENK), dims=weight_ENK.dim() == 3)
+    return _run(Format.BF16, x_RK, weight_ENK, None, None, rows_per_expert)
+
+
+def grouped_int4(x_RK: Tensor, rows_per_expert: Tensor, packed_ENW: Tensor, scale_ENG: Tensor) -> Tensor:
+    """`grouped_dense` for stacks of `linear_int4`'s weights."""
+    _require(why_not_int4(x_RK, packed_ENW, scale_ENG), dims=packed_ENW.dim() == 3)
+    return _run(Format.INT4, x_RK, packed_ENW, scale_ENG, None, rows_per_expert)
+
+
+def grouped_fp8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale_E: Tensor) -> Tensor:
+    """`grouped_dense` for stacks of `linear_fp8`'s weights; scale_E is [E, N, 1], or in blocks [E, N/128, K/128]."""
+    _require(why_not_fp8(x_RK, weight_ENK, scale_E), dims=weight_ENK.dim() == 3)
+    return _run(Format.FP8, x_RK, weight_ENK, scale_E, None, rows_per_expert)
+
+
+def grouped_int8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale_EN1: Tensor) -> Tensor:
+    """`grouped_dense` for stacks of `linear_int8`'s weights."""
+    _require(why_not_int8(x_RK, weight_ENK, scale_EN1), dims=weight_ENK.dim() == 3)
+    return _run(Format.INT8, x_RK, weight_ENK, scale_EN1, None, rows_per_expert)
+
+
+@functools.cache
+def _library() -> Library | str:
+    try:
+        return build()
+    except NativeUnavailableError as error:
+        return str(error)
+
+
+def _require(reason: str | None, *, dims: bool) -> None:
+    if reason is not None or not dims:
+        raise ValueError(reason or "a linear operator takes one weight [N, K], a grouped one a stack [E, N, K]")
+
+
+def _linear(format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """One expert that has all rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    counts = torch.tensor([rows.shape[0]])
+    stacked_scale = None if scale is None else scale[None]
+    return _run(format_, rows, weight[None], stacked_scale, bias, counts).view(*x.shape[:-1], weight.shape[0])
+
+
+def _run(
+    format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, rows_per_expert: Tensor
+) -> Tensor:
+    library = _library()
+    if not isinstance(library, Library):
+        raise RuntimeError(f"no compiled kernels: {library}")  # noqa: TRY004
+    counts = rows_per_expert.to("cpu", torch.int64).contiguous()
+    if x.dim() != 2 or counts.shape != weight.shape[:1]:
+        raise ValueError(f"x is {list(x.shape)} and rows_per_expert {list(counts.shape)} for {weight.shape[0]} experts")
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype)
+    task = Task(
+        x=x.data_ptr(),
+        counts=counts.data_ptr(),
+        weight=weight.data_ptr(),
+        y=y.data_ptr(),
+        rows=x.shape[0],
+        experts=weight.shape[0],
+        outputs=weight.shape[1],
+        inputs=x.shape[1],
+        weight_stride=weight.stride(0) * weight.element_size(),
+        format=format_,
+        threads=torch.get_num_threads(),
+    )
+    if bias is not None:
+        task.bias = bias.data_ptr()
+    if scale is not None:
+        task.scale = scale.data_ptr()
+        task.scale_stride = scale.stride(0) * scale.element_size()
+        task.groups = scale.shape[-1]
+        task.scale_type = _SCALE_TYPES[scale.dtype]
+        task.is_block = format_ is Format.FP8 and not is_per_row(weight, scale)
+    library.matmul(task)
+    return y

@@ -1,0 +1,84 @@
+"""kernels/matmul.cpp as a loaded library: what it is compiled from, and the one function that it has."""
+
+import ctypes
+from enum import IntEnum
+from pathlib import Path
+
+from llama4_quant.native import NativeUnavailableError, Program, compile_and_load
+
+SOURCES = ("matmul.cpp", "task.h", "activations.h", "portable.h")
+_STATUS_MEMORY, _STATUS_ROWS = 1, 2
+
+
+class Format(IntEnum):
+    """How a weight is stored; as `enum Format` in task.h."""
+
+    BF16 = 0
+    INT4 = 1
+    FP8 = 2
+    INT8 = 3
+
+
+class Task(ctypes.Structure):
+    """One product for the library; fields as `struct Task` in task.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "counts", "weight", "scale", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "experts", "outputs", "inputs")),
+        *((name, ctypes.c_int64) for name in ("weight_stride", "scale_stride", "groups")),
+        *((name, ctypes.c_int32) for name in ("format", "scale_type", "is_block", "threads")),
+    )
+
+
+class Library:
+    """The loaded library. Calls release the GIL and may run at once from any number of threads.
+
+    Attributes:
+        path: where it lies.
+        compiler: what compiled it: the first line of its --version.
+        instructions: which of its variants runs on this machine.
+    """
+
+    def __init__(self, path: Path, compiler: str, functions: ctypes.CDLL) -> None:
+        self.path = path
+        self.compiler = compiler
+        functions.llama4_quant_instructions.restype = ctypes.c_char_p
+        self.instructions = str(functions.llama4_quant_instructions().decode())
+        self._matmul = functions.llama4_quant_matmul
+        self._matmul.argtypes = (ctypes.POINTER(Task),)
+        self._matmul.restype = ctypes.c_int32
+
+    def matmul(self, task: Task) -> None:
+        """Run `task`, whose addresses and sizes are believed.
+
+        Raises:
+            MemoryError: no memory for the scratch space.
+            ValueError: the experts' rows are not those of x.
+        """
+        status = self._matmul(ctypes.byref(task))
+        if status == _STATUS_MEMORY:
+            raise MemoryError("no memory for the scratch space of a matrix product")
+        if status == _STATUS_ROWS:
+            raise ValueError(f"rows_per_expert does not sum to the {task.rows} rows of x, or has a negative number")
+
+
+def build(march: str = "native") -> Library:
+    """Compile the library, or take it from the cache.
+
+    Args:
+        march: the processor to compile for, as the compiler's `-march`: it decides which variant runs.
+
+    Raises:
+        NativeUnavailableError: no compiler, or it failed, or this machine is not little-endian.
+    """
+    program = Program(
+        name="matmul",
+        package="llama4_quant.ops.kernels",
+        sources=SOURCES,
+        flags=("-fopenmp", "-fno-strict-aliasing", *(f"-m{part}" for part in f"arch={march}".split())),
+    )
+    compiled = compile_and_load(program)
+    try:
+        return Library(compiled.path, compiled.compiler, compiled.functions)
+    except AttributeError as error:
+        raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
