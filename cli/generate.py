@@ -17,8 +17,9 @@ from llama4_quant.cli.options import (
 )
 from llama4_quant.cli.progress import byte_progress
 from llama4_quant.runtime.loader import load, load_size
-from llama4_quant.runtime.pipeline import Pipeline, TextStream, user_message
+from llama4_quant.runtime.pipeline import Pipeline, user_message
 from llama4_quant.runtime.sampling import GenerationSettings
+from llama4_quant.runtime.streams import TextStream
 
 
 @click.command("generate", short_help="Answer a prompt, with images if you like.")
