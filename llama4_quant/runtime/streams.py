@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from llama4_quant.runtime.cache import KVCache
 from llama4_quant.runtime.generate import TokenStream
 from llama4_quant.runtime.stopping import StopFinder
 from llama4_quant.runtime.timing import FinishReason, Timing
@@ -94,6 +95,11 @@ class TextStreams(Iterator[tuple[int, str]]):
     def timing(self) -> Timing:
         """Of the tokens so far, of all rows."""
         return replace(self._tokens.timing, prepare_seconds=self._prepare_seconds)
+
+    @property
+    def cache(self) -> KVCache:
+        """Holds the prompts and all tokens but the last."""
+        return self._tokens.cache
 
     @property
     def token_ids(self) -> list[list[int]]:
