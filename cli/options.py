@@ -60,7 +60,7 @@ def scheme_options(*, scheme_help: str, default: str | None) -> Decorator:
             help="Leave a weight in BF16: a module name, or 're:' and a regular expression. Repeatable.",
         ),
     ]
-    return _chain(options)
+    return chain(options)
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +122,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Also calibrate scales of an FP8 KV cache, for the keys and the values of each layer.",
         ),
     ]
-    return _chain(options)(command)
+    return chain(options)(command)
 
 
 def calibration_for(settings: dict[str, Any]) -> Calibration | None:
@@ -180,7 +180,7 @@ def device_options() -> Decorator:
         click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, ..."),
         click.option("--dtype", default="bfloat16", show_default=True, help="Computation: bfloat16, float16, float32."),
     ]
-    return _chain(options)
+    return chain(options)
 
 
 json_option = click.option(
@@ -188,7 +188,12 @@ json_option = click.option(
 )
 
 
-def _chain(options: Sequence[Decorator]) -> Decorator:
+quiet_option = click.option("--quiet", is_flag=True, help="No progress and no summary on stderr.")
+
+
+def chain(options: Sequence[Decorator]) -> Decorator:
+    """One decorator that adds options in this order."""
+
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             command = option(command)

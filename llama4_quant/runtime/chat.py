@@ -137,6 +137,19 @@ class ChatSession:
         """Bytes of these keys and values, as allocated."""
         return 0 if self._cache is None else self._cache.num_bytes
 
+    @property
+    def max_tokens(self) -> int:
+        """As long as a chat can get."""
+        return self._pipeline.model.config.text.max_position_embeddings
+
+    def check_takes_images(self) -> None:
+        """See whether messages may come with images.
+
+        Raises:
+            UsageError: the model is text-only.
+        """
+        self._pipeline.check_takes_images()
+
     def send(self, text: str, images: Sequence[ImageSource] = ()) -> Reply:
         """Say something, with images in front if there are any, and get the answer.
 
@@ -146,34 +159,15 @@ class ChatSession:
             UsageError: an image that cannot be read, a chat that the template refuses, or one longer than the model's
                 context. The chat is then as it was before.
         """
-        start = time.perf_counter()
         if self._reply is not None:
             self._reply.close()
-        message = user_message(text, len(images))
-        processed = self._pipeline.process(images)
-        pictures = [
-            _Picture(serial=next(self._serials), image=image, path=_path(source))
-            for image, source in zip(processed, images, strict=True)
-        ]
-        everyone = [*self._pictures, *pictures]
-        prompt = self._render([*self._history, message], everyone)
-        num_kept = self._keep(prompt)
-        tiles = [
-            picture.image.tiles for picture, (first, _) in zip(everyone, prompt.spans, strict=True) if first >= num_kept
-        ]
-        inputs = ModelInputs(
-            input_ids=torch.tensor([prompt.ids]),
-            attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.int64),
-            pixel_values=torch.cat(tiles) if tiles else None,
-        )
-        streams = self._pipeline.stream(
-            inputs,
-            self.settings,
-            cache=self._cache,
-            numbers=[len(self._history) // 2],
-            prepare_seconds=time.perf_counter() - start,
-        )
-        self._reply = Reply(streams, partial(self._answered, message, pictures, prompt.keys))
+        try:
+            self._reply = self._ask(user_message(text, len(images)), images)
+        except Exception:
+            raise
+        except BaseException:  # an interruption: anything may be half done
+            self._forget()
+            raise
         return self._reply
 
     def reset(self) -> None:
@@ -182,6 +176,30 @@ class ChatSession:
             self._reply.close()
         self._history, self._pictures = [], []
         self._forget()
+
+    def _ask(self, message: Message, images: Sequence[ImageSource]) -> Reply:
+        start = time.perf_counter()
+        pictures = [
+            _Picture(serial=next(self._serials), image=image, path=_path(source))
+            for image, source in zip(self._pipeline.process(images), images, strict=True)
+        ]
+        everyone = [*self._pictures, *pictures]
+        prompt = self._render([*self._history, message], everyone)
+        num_kept = self._keep(prompt)
+        shown = zip(everyone, prompt.spans, strict=True)
+        tiles = [picture.image.tiles for picture, (first, _) in shown if first >= num_kept]
+        streams = self._pipeline.stream(
+            ModelInputs(
+                input_ids=torch.tensor([prompt.ids]),
+                attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.int64),
+                pixel_values=torch.cat(tiles) if tiles else None,
+            ),
+            self.settings,
+            cache=self._cache,
+            numbers=[len(self._history) // 2],
+            prepare_seconds=time.perf_counter() - start,
+        )
+        return Reply(streams, partial(self._answered, message, pictures, prompt.keys))
 
     def _answered(
         self,
@@ -193,12 +211,14 @@ class ChatSession:
     ) -> None:
         """The reply to a message has ended; `keys` are those of the prompt."""
         self._reply = None
+        self._forget()
         if completion.text or completion.finish_reason is not None:
             self._history += [message, {"role": "assistant", "content": completion.text}]
             self._pictures += pictures
-        self._cache = cache
-        # The last token was given, but not yet computed with.
-        self._cached_keys = [] if cache is None else [*keys, *completion.token_ids][: cache.length]
+        if cache is not None:
+            # The last token was given, but not yet computed with.
+            self._cached_keys = [*keys, *completion.token_ids][: cache.length]
+            self._cache = cache
 
     def _render(self, history: Sequence[Message], pictures: Sequence[_Picture]) -> _Prompt:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]

@@ -237,11 +237,20 @@ class Pipeline:
         Raises:
             UsageError: the model is text-only, or an image cannot be read.
         """
-        if self.processor is None:
-            if sources:
-                raise UsageError("this checkpoint is text-only: it takes no images")
+        if not sources:
             return []
-        return [self.processor.process(source) for source in sources]
+        processor = self.check_takes_images()
+        return [processor.process(source) for source in sources]
+
+    def check_takes_images(self) -> ImageProcessor:
+        """What prepares images.
+
+        Raises:
+            UsageError: the model is text-only.
+        """
+        if self.processor is None:
+            raise UsageError("this checkpoint is text-only: it takes no images")
+        return self.processor
 
     def encode(self, prompt: str, images: Sequence[ProcessedImage] = ()) -> list[int]:
         """Token ids of a prompt, with <|begin_of_text|> in front and each image's tokens for its `<|image|>`.

@@ -1,6 +1,6 @@
 """What is said about a generation afterwards: why rows ended, and where the time went."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 
@@ -52,3 +52,8 @@ class Timing:
     def decode_tokens_per_second(self) -> float | None:
         """Decoded tokens of all rows per second; None if there was no decode step."""
         return self.num_decoded_tokens / self.decode_seconds if self.num_decoded_tokens else None
+
+
+def total(first: Timing, second: Timing) -> Timing:
+    """Of two batches, one after the other."""
+    return Timing(**{field.name: getattr(first, field.name) + getattr(second, field.name) for field in fields(Timing)})
