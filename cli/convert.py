@@ -13,6 +13,7 @@ from llama4_quant.calibration.records import CalibrationReport, LayerRecord
 from llama4_quant.checkpoint.layout import parse_size
 from llama4_quant.checkpoint.paths import STAGING_NAME
 from llama4_quant.checkpoint.resume import Resume
+from llama4_quant.cli.config_file import configurable
 from llama4_quant.cli.options import (
     SCHEMES,
     calibration_for,
@@ -29,7 +30,24 @@ from llama4_quant.formats.choice import CheckpointFormat
 from llama4_quant.ranks import Rank
 from llama4_quant.report import REPORT_NAME, Report, WeightRecord
 
+RARE_FLAGS = (
+    "--observer",
+    "--model-parallel",
+    "--max-seq-length",
+    "--min-tokens-per-expert",
+    "--seed",
+    "--text-column",
+    "--kv-cache-scheme",
+    "--max-shard-size",
+    "--workers",
+    "--delete-source-shards",
+    "--revision",
+    "--save-plan",
+)
+"""Not in `--help`, but in `--help-all` and docs/cli.md."""
 
+
+@configurable(rare=RARE_FLAGS)
 @click.command("convert", short_help="Convert a BF16 checkpoint to FP8 or int4.")
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help="Directory to make.")

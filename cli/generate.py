@@ -1,113 +1,130 @@
 """`llama4-quant generate`."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import click
 
-from llama4_quant.checkpoint.source import resolve
-from llama4_quant.cli.options import (
-    EXISTING_FILE,
-    SCHEMES,
-    device_options,
-    json_option,
-    optional_scheme,
-    scheme_options,
+from llama4_quant.cli.config_file import configurable
+from llama4_quant.cli.generation_options import (
+    RARE_MODEL_FLAGS,
+    RARE_SAMPLING_FLAGS,
+    load_pipeline,
+    model_options,
+    sampling_options,
+    sampling_settings,
 )
-from llama4_quant.cli.progress import byte_progress
-from llama4_quant.runtime.loader import load, load_size
-from llama4_quant.runtime.pipeline import Pipeline, TextStream, user_message
+from llama4_quant.cli.options import EXISTING_FILE, json_option, quiet_option
+from llama4_quant.cli.prompts import Prompt, read_prompts
+from llama4_quant.cli.summary import answer_json, summary_line
+from llama4_quant.errors import UsageError
+from llama4_quant.runtime.pipeline import Completions, Pipeline
 from llama4_quant.runtime.sampling import GenerationSettings
+from llama4_quant.runtime.timing import total
 
 
-@click.command("generate", short_help="Answer a prompt, with images if you like.")
+@configurable(rare=("--system", "--batch-size", "--logprobs", *RARE_SAMPLING_FLAGS, *RARE_MODEL_FLAGS))
+@click.command("generate", short_help="Answer prompts, with images if you like.")
 @click.argument("model", metavar="MODEL")
-@click.option("--prompt", required=True, help="What to say.")
+@click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="What to say. Repeatable: an answer for each.")
 @click.option(
-    "--image",
-    "images",
-    multiple=True,
-    type=EXISTING_FILE,
-    help="An image to show. Repeatable, in order.",
+    "--prompts",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="Many prompts: one per line, or JSON Lines (.jsonl); - is stdin.",
 )
+@click.option("--image", "images", multiple=True, type=EXISTING_FILE, help="An image to show. Repeatable, in order.")
+@click.option("--system", metavar="TEXT", help="What the model is told beforehand.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
-@click.option("--max-new-tokens", type=int, help="Stop after so many tokens. [default: the checkpoint's, or 256]")
-@click.option("--temperature", type=float, help="0 is greedy. [default: the checkpoint's, or 0]")
-@click.option("--top-k", type=int, help="Sample among the k most probable tokens.")
-@click.option("--top-p", type=float, help="Sample among the most probable tokens that sum to p.")
-@click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
-@scheme_options(scheme_help=f"Quantize MODEL (BF16) while loading: {SCHEMES}.", default=None)
-@device_options()
-@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts answered at a time.")
+@sampling_options()
+@click.option("--logprobs", is_flag=True, help="With --json: token ids, and their log-probabilities under the model.")
+@model_options()
+@quiet_option
 @json_option
 def generate_command(
     model: str,
-    prompt: str,
+    texts: tuple[str, ...],
+    file: Path | None,
     images: tuple[Path, ...],
+    system: str | None,
     raw: bool,
-    max_new_tokens: int | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    scheme: str | None,
-    group_size: int | None,
-    observer: str,
-    quantize: tuple[str, ...],
-    ignore: tuple[str, ...],
-    device: str,
-    dtype: str,
-    kernel: str,
-    lm_head: str | None,
-    revision: str | None,
+    batch_size: int,
+    logprobs: bool,
+    quiet: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Answer a prompt with MODEL (BF16 or quantized), streaming text to stdout.
+    """Answer prompts with MODEL (BF16 or quantized): text to stdout as it comes, a summary to stderr.
 
     \b
     llama4-quant generate ./scout-w4a16 --prompt "What is a mixture of experts?"
     llama4-quant generate ./scout-w4a16 --prompt "What is in these?" --image a.jpg --image b.png
+    llama4-quant generate ./scout-w4a16 --prompts questions.txt --json > answers.jsonl
     llama4-quant generate ./scout --scheme W4A16 --prompt "Hello"
     """  # noqa: D301 - \b is click's mark for lines that must not be wrapped
-    chosen = optional_scheme(scheme, group_size, observer, quantize, ignore)
-    folder = resolve(model, revision)
-    with byte_progress("loading", load_size(folder)) as advance:
-        loaded = load(folder, chosen, device, dtype, kernel=kernel, lm_head=lm_head, progress=advance)
-    pipeline = Pipeline.around(loaded, folder)
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    settings = _settings(pipeline.settings, {key: value for key, value in given.items() if value is not None}, seed)
-    if raw:
-        stream = pipeline.complete("<|image|>" * len(images) + prompt, images, settings)
-    else:
-        stream = pipeline.chat([user_message(prompt, len(images))], images, settings)
-    _show(stream, as_json=as_json)
+    if raw and system is not None:
+        raise UsageError("--system goes through the chat template, and --raw leaves that out")
+    prompts = [Prompt(text=text, images=images, system=system) for text in texts]
+    if file is not None:
+        prompts += read_prompts(file, images, system)
+    if not prompts:
+        raise UsageError("there is nothing to answer; give --prompt TEXT or --prompts FILE")
+    pipeline = load_pipeline(model, settings, quiet=quiet)
+    chosen = replace(sampling_settings(pipeline.settings, settings), logprobs=logprobs)
+    is_stream = len(prompts) == 1 and not as_json
+    done: list[Completions] = []
+    for batch, answers in _answered(pipeline, prompts, chosen, batch_size, raw=raw, is_stream=is_stream):
+        if as_json:
+            _print_json(batch_size * len(done), batch, answers)
+        elif not is_stream:
+            _print_texts(batch, answers)
+        done.append(answers)
+    if is_stream:
+        click.echo()
+    if not quiet:
+        click.echo(_summary(done), err=True)
 
 
-def _settings(defaults: GenerationSettings, given: dict[str, int | float], seed: int) -> GenerationSettings:
-    return replace(defaults, seed=seed, **given)  # type: ignore[arg-type]
+def _answered(
+    pipeline: Pipeline,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    batch_size: int,
+    *,
+    raw: bool,
+    is_stream: bool,
+) -> Iterator[tuple[Sequence[Prompt], Completions]]:
+    """Batches of prompts and their answers; a stream's text is printed while it comes."""
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        answers = pipeline.complete_batch(
+            [prompt.render(pipeline, raw=raw) for prompt in batch],
+            [prompt.images for prompt in batch],
+            settings,
+            first_row=first,
+            on_text=(lambda _row, piece: click.echo(piece, nl=False)) if is_stream else None,
+        )
+        yield batch, answers
 
 
-def _show(stream: TextStream, *, as_json: bool) -> None:
-    pieces = []
-    for piece in stream:
-        pieces.append(piece)
-        if not as_json:
-            click.echo(piece, nl=False)
-    timing = stream.timing
-    if as_json:
-        numbers = {
-            "num_prompt_tokens": timing.num_prompt_tokens,
-            "num_new_tokens": timing.num_new_tokens,
-            "prefill_seconds": timing.prefill_seconds,
-            "decode_tokens_per_second": timing.decode_tokens_per_second,
-        }
-        click.echo(json.dumps({"text": "".join(pieces), **numbers}))
-        return
-    click.echo()
-    rate = timing.decode_tokens_per_second
-    click.echo(
-        f"{timing.num_prompt_tokens} prompt tokens in {timing.prefill_seconds:.2f} s, "
-        f"{timing.num_new_tokens} new tokens" + (f" at {rate:.1f} tokens/s" if rate else ""),
-        err=True,
-    )
+def _print_json(first: int, batch: Sequence[Prompt], answers: Completions) -> None:
+    for index, (prompt, row) in enumerate(zip(batch, answers.rows, strict=True), first):
+        click.echo(json.dumps({"index": index, "prompt": prompt.text, **answer_json(row, answers.timing)}))
+
+
+def _print_texts(batch: Sequence[Prompt], answers: Completions) -> None:
+    for prompt, row in zip(batch, answers.rows, strict=True):
+        click.echo(f"> {prompt.text}\n{row.text}\n")
+
+
+def _summary(done: Sequence[Completions]) -> str:
+    reasons = [str(row.finish_reason) for answers in done for row in answers.rows]
+    counts = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+    ended = ", ".join(reason if len(reasons) == 1 else f"{reason} ({count})" for reason, count in counts.items())
+    return summary_line(reduce(total, (answers.timing for answers in done)), done[0].timing.first_token_seconds, ended)

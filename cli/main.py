@@ -12,6 +12,7 @@ from types import FrameType
 import click
 
 from llama4_quant._version import __version__
+from llama4_quant.cli.chat import chat_command
 from llama4_quant.cli.convert import convert_command
 from llama4_quant.cli.demo import demo_command
 from llama4_quant.cli.evaluate import eval_command
@@ -41,6 +42,7 @@ def cli(debug: bool) -> None:
 cli.add_command(convert_command)
 cli.add_command(inspect_command)
 cli.add_command(generate_command)
+cli.add_command(chat_command)
 cli.add_command(eval_command)
 cli.add_command(verify_command)
 cli.add_command(demo_command)

@@ -62,7 +62,7 @@ def scheme_options(*, scheme_help: str, default: str | None) -> Decorator:
             help="Leave a weight in BF16: a module name, or 're:' and a regular expression. Repeatable.",
         ),
     ]
-    return _chain(options)
+    return chain(options)
 
 
 def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +124,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Also calibrate scales of an FP8 KV cache, for the keys and the values of each layer.",
         ),
     ]
-    return _chain(options)(command)
+    return chain(options)(command)
 
 
 def calibration_for(settings: dict[str, Any]) -> Calibration | None:
@@ -185,8 +185,12 @@ kernel_option = click.option(
 )
 
 
+LOAD_SETTINGS = ("device", "dtype", "kernel", "lm_head", "offload", "expert_cache")
+"""What the options of `device_options` are called by `load` and `evaluate`."""
+
+
 def device_options() -> Decorator:
-    """--device, --dtype, --kernel and --lm-head of the runtime."""
+    """Where and how a model runs: LOAD_SETTINGS."""
     options = [
         click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, ..."),
         click.option("--dtype", default="bfloat16", show_default=True, help="Computation: bfloat16, float16, float32."),
@@ -196,8 +200,19 @@ def device_options() -> Decorator:
             type=click.Choice([stored.value for stored in HeadFormat]),
             help="Quantize the head while loading, whatever else is quantized.",
         ),
+        click.option(
+            "--offload",
+            type=click.Choice(["experts"]),
+            help="Leave routed experts in the checkpoint's files and read them when needed: for models larger than "
+            "memory.",
+        ),
+        click.option(
+            "--expert-cache",
+            metavar="SIZE",
+            help="Memory for the most recently used offloaded experts, like 8GiB. [default: the page cache decides]",
+        ),
     ]
-    return _chain(options)
+    return chain(options)
 
 
 json_option = click.option(
@@ -205,7 +220,12 @@ json_option = click.option(
 )
 
 
-def _chain(options: Sequence[Decorator]) -> Decorator:
+quiet_option = click.option("--quiet", is_flag=True, help="No progress and no summary on stderr.")
+
+
+def chain(options: Sequence[Decorator]) -> Decorator:
+    """One decorator that adds options in this order."""
+
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             command = option(command)

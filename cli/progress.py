@@ -24,8 +24,11 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
-    """Give a function that takes (what, bytes done since the last call)."""
+def byte_progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[str, int], None]]:
+    """Give a function that takes (what, bytes done since the last call); shows nothing when `quiet`."""
+    if quiet:
+        yield lambda _what, _done: None
+        return
     columns = (DownloadColumn(), TransferSpeedColumn())
     with _progress(title, total, size(total), *columns) as advance:
         yield advance

@@ -73,12 +73,12 @@ class Fields:
             raise self._error(name, f"a list of integers from 0 to {LARGEST_INTEGER}", value)
         return tuple(items)
 
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """A number above zero, of a size that float32 can hold."""
+    def number(self, name: str, default: Any = _REQUIRED, *, low: float = SMALLEST_NUMBER) -> float:
+        """A number of a size that float32 can hold, above zero unless `low` allows that."""
         value = self._value(name, default)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not SMALLEST_NUMBER <= value <= LARGEST_NUMBER:
-            raise self._error(name, f"a number from {SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g}", value)
+        if not is_number or not low <= value <= LARGEST_NUMBER:
+            raise self._error(name, f"a number from {low:g} to {LARGEST_NUMBER:g}", value)
         return float(value)
 
     def _value(self, name: str, default: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ def evaluate(
     dtype: str | torch.dtype = torch.bfloat16,
     kernel: str = "auto",
     lm_head: str | None = None,
+    offload: str | None = None,
+    expert_cache: int | str | None = None,
     revision: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EvaluationResult:
@@ -46,6 +49,8 @@ def evaluate(
         dtype: compute dtype of both models.
         kernel: what multiplies with the weights of both models, as for `load`.
         lm_head: quantize the head of `model` while loading: "int8" or "int4".
+        offload: leave routed experts of both models in the file, as for `load`.
+        expert_cache: memory of each model for offloaded experts.
         revision: branch, tag or commit, if `model` is a Hub id.
         progress: called with the number of windows just done.
 
@@ -54,14 +59,17 @@ def evaluate(
     """
     folder = resolve(str(model), revision)
     windows_WL = text_windows(folder, Path(text), seq_length=seq_length, num_windows=num_windows)
+    shared: dict[str, Any] = {
+        "device": device, "dtype": dtype, "kernel": kernel, "offload": offload, "expert_cache": expert_cache,
+    }  # fmt: skip
     compared = None
     if reference is not None:
-        loaded = load(resolve(str(reference)), None, device, dtype, kernel=kernel)
+        loaded = load(resolve(str(reference)), **shared)
         compared = measure.NamedModel(name=str(reference), logits=loaded)
     return measure.evaluate(
         measure.NamedModel(
             name=_label(str(model), scheme, lm_head),
-            logits=load(folder, scheme, device, dtype, kernel=kernel, lm_head=lm_head),
+            logits=load(folder, scheme, lm_head=lm_head, **shared),
         ),
         windows_WL,
         reference=compared,

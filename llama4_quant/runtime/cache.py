@@ -145,3 +145,18 @@ class KVCache:
             if chunk_size is not None:
                 oldest = min(first_visible_column(pad, self.length, chunk_size) for pad in padding)
                 layer.forget_before(oldest, self.length)
+
+    def rewind(self, length: int) -> bool:
+        """Forget the columns from `length` on, if all that a token in column `length` may see is still there.
+
+        Returns:
+            Whether that was so; if not, nothing has changed: a layer with chunks keeps the newest chunk only.
+        """
+        oldest = (
+            min(first_visible_column(pad, length, chunk_size) for pad in self.padding)
+            for chunk_size in self._chunk_sizes
+        )
+        if length > self.length or any(layer.first > column for layer, column in zip(self.layers, oldest, strict=True)):
+            return False
+        self.length = length
+        return True

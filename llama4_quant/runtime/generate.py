@@ -7,42 +7,21 @@ Shape letters: B rows, P prompt columns, L new columns, V vocabulary.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llama4_quant.errors import UsageError
+from llama4_quant.runtime.cache import KVCache
 from llama4_quant.runtime.model import Llama4Model, Logits
-from llama4_quant.runtime.sampling import GenerationSettings, select_tokens
+from llama4_quant.runtime.penalties import TokenHistory
+from llama4_quant.runtime.sampling import GenerationSettings, RowRandom, log_probabilities, select_tokens
+from llama4_quant.runtime.timing import FinishReason, Timing
 
 _RESERVED_COLUMNS = 256
 """Columns of cache allocated ahead; it grows by itself when generation goes on for longer."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timing:
-    """Where the time of a generation went.
-
-    Attributes:
-        num_prompt_tokens: of all rows, without padding.
-        num_new_tokens: of all rows, without padding, with the tokens that ended them.
-        num_decoded_tokens: those of them that took a step of their own: all but each row's first.
-        prefill_seconds: until the first token of every row.
-        decode_seconds: all later steps together; time that the caller takes between steps is not counted.
-    """
-
-    num_prompt_tokens: int
-    num_new_tokens: int
-    num_decoded_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Decoded tokens of all rows per second; None if there was no decode step."""
-        return self.num_decoded_tokens / self.decode_seconds if self.num_decoded_tokens else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,23 +31,28 @@ class Generation:
     Attributes:
         sequences: [B, P + L] int64: the prompts as given, then the new tokens, padded on the right.
         new_token_ids: per row, without padding and without the token that ended it.
-        ended: per row, whether it ended by itself, not at a limit.
+        finish_reasons: per row, why it ended.
+        logprobs: per row, of each of `new_token_ids` under the model; None unless the settings ask for them.
     """
 
     sequences: Tensor
     new_token_ids: tuple[tuple[int, ...], ...]
-    ended: tuple[bool, ...]
+    finish_reasons: tuple[FinishReason, ...]
+    logprobs: tuple[tuple[float, ...], ...] | None
     timing: Timing
 
 
 class TokenStream(Iterator[Tensor]):
     """Yields the next token of every row, [B] int64, until all rows have ended or a limit is reached.
 
-    An ended row yields padding. The limits are `max_new_tokens` and the model's `max_position_embeddings`.
+    An ended row yields padding. The limits are `max_new_tokens` and the model's `max_position_embeddings`. Stop strings
+    are texts, of which this class knows nothing: who finds one calls `close`.
 
     Attributes:
         eos_token_ids: what ends a row.
         is_open: [B] bool: rows that have not ended yet.
+        cache: the prompts and all tokens but the last.
+        logprobs: [B] float32 of the last tokens under the model; None unless the settings ask for them.
     """
 
     def __init__(
@@ -79,6 +63,8 @@ class TokenStream(Iterator[Tensor]):
         settings: GenerationSettings,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        cache: KVCache | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
         """Prepare; nothing is computed before the first token is asked for.
 
@@ -87,10 +73,12 @@ class TokenStream(Iterator[Tensor]):
             input_ids: [B, P] integers, padded on the left.
             settings: what to generate.
             attention_mask: [B, P], 0 = padding; None for no padding.
-            pixel_values: [tiles, 3, S, S], the tiles of all rows' images, row by row.
+            pixel_values: [tiles, 3, S, S], the tiles of all rows' images, row by row, that are not in the cache.
+            cache: holds the first columns of `input_ids` already, at most P - 1; None for an empty one.
+            rows: each row's number, which with the seed decides its random numbers; None counts from 0.
 
         Raises:
-            UsageError: the prompt is empty, or leaves no position for a new token.
+            UsageError: the prompt is empty, leaves no position for a new token, or is all in the cache.
         """
         text = model.config.text
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
@@ -102,20 +90,28 @@ class TokenStream(Iterator[Tensor]):
                 f"the prompt has {num_columns} tokens and the model's max_position_embeddings is "
                 f"{text.max_position_embeddings}; shorten the prompt"
             )
+        num_cached = 0 if cache is None else cache.length
+        if num_cached >= num_columns:
+            raise UsageError(f"the cache holds {num_cached} columns, expected fewer than the prompt's {num_columns}")
         self._model = model
         self._prompt = input_ids.to(model.device)
         self._attention_mask = None if attention_mask is None else attention_mask.to(model.device)
         self._pixel_values = pixel_values
         self._settings = settings
         self._num_left = min(settings.max_new_tokens, num_free)
-        self._cache = model.new_cache(batch_size, num_columns + min(self._num_left, _RESERVED_COLUMNS))
-        self._generator = torch.Generator(model.device).manual_seed(settings.seed)
+        self.cache = cache or model.new_cache(batch_size, num_columns + min(self._num_left, _RESERVED_COLUMNS))
+        self._random = RowRandom(settings.seed, range(batch_size) if rows is None else rows)
+        self._history: TokenHistory | None = None
+        self.logprobs: Tensor | None = None
         self._last: Tensor | None = None
         self.eos_token_ids = text.eos_token_ids if settings.eos_token_ids is None else settings.eos_token_ids
         self._eos = torch.tensor(self.eos_token_ids, dtype=torch.int64, device=model.device)
         self._pad_token_id = _pad_token_id(settings.pad_token_id, text.pad_token_id, self.eos_token_ids)
         self.is_open = torch.ones(batch_size, dtype=torch.bool, device=model.device)
+        self._stopped: set[int] = set()
         self._num_prompt_tokens = input_ids.numel() if attention_mask is None else int(attention_mask.sum())
+        self._num_cached = num_cached
+        self._num_cached_tokens = num_cached * batch_size - (0 if cache is None else sum(cache.padding))
         self._num_new_tokens = 0
         self._seconds = [0.0, 0.0]
 
@@ -133,12 +129,24 @@ class TokenStream(Iterator[Tensor]):
         self._seconds[0 if is_first else 1] += time.perf_counter() - start
         return tokens
 
+    def close(self, row: int) -> None:
+        """End a row, because a stop string has come up in its text."""
+        self.is_open[row] = False
+        self._stopped.add(row)
+
+    @property
+    def finish_reasons(self) -> tuple[FinishReason, ...]:
+        """Per row, why it ended; of a row that is still open, at a limit."""
+        ended = (FinishReason.LENGTH if is_open else FinishReason.EOS for is_open in self.is_open.tolist())
+        return tuple(FinishReason.STOP if row in self._stopped else reason for row, reason in enumerate(ended))
+
     @property
     def timing(self) -> Timing:
         """Of the steps taken so far."""
         num_first = 0 if self._last is None else self._prompt.shape[0]
         return Timing(
             num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
             num_new_tokens=self._num_new_tokens,
             num_decoded_tokens=self._num_new_tokens - num_first,
             prefill_seconds=self._seconds[0],
@@ -149,16 +157,30 @@ class TokenStream(Iterator[Tensor]):
     def _step(self) -> Tensor:
         if self._last is None:
             logits = self._model(
-                self._prompt,
+                self._prompt[:, self._num_cached :],
                 pixel_values=self._pixel_values,
                 attention_mask=self._attention_mask,
-                cache=self._cache,
+                cache=self.cache,
                 logits=Logits.LAST,
             )
         else:
-            logits = self._model(self._last[:, None], cache=self._cache, logits=Logits.LAST)
-        tokens = select_tokens(logits[:, -1], self._settings, self._generator)
+            logits = self._model(self._last[:, None], cache=self.cache, logits=Logits.LAST)
+        tokens = self._choose(logits[:, -1])
         return torch.where(self.is_open, tokens, self._pad_token_id)
+
+    def _choose(self, logits_BV: Tensor) -> Tensor:
+        if not self._settings.has_penalties:
+            tokens_B = select_tokens(logits_BV, self._settings, self._random)
+        else:
+            if self._history is None:
+                self._history = TokenHistory(
+                    self._prompt, self._attention_mask, self._settings, num_tokens=logits_BV.shape[-1]
+                )
+            tokens_B = select_tokens(self._history.penalize(logits_BV), self._settings, self._random)
+            self._history.add(tokens_B)
+        if self._settings.logprobs:
+            self.logprobs = log_probabilities(logits_BV, tokens_B)
+        return tokens_B
 
 
 def generate(
@@ -173,20 +195,26 @@ def generate(
     """Generate until every row has ended or a limit is reached.
 
     Arguments and errors are those of `TokenStream`; `on_token` is called with the next token of every row, [B] int64,
-    as soon as it is there.
+    as soon as it is there. Stop strings are an error: they need a tokenizer, which `Pipeline` has.
     """
+    if settings.stop:
+        raise UsageError("stop strings need a tokenizer: use Pipeline, or settings without `stop`")
     stream = TokenStream(model, input_ids, settings=settings, attention_mask=attention_mask, pixel_values=pixel_values)
-    columns = []
+    columns, logprob_columns = [], []
     for tokens in stream:
         columns.append(tokens)
+        if stream.logprobs is not None:
+            logprob_columns.append(stream.logprobs)
         if on_token is not None:
             on_token(tokens)
     new_BL = torch.stack(columns, dim=1)
-    rows = [_until(row, stream.eos_token_ids) for row in new_BL.tolist()]
+    rows = tuple(_until(row, stream.eos_token_ids) for row in new_BL.tolist())
+    logprobs = torch.stack(logprob_columns, dim=1).tolist() if logprob_columns else []
     return Generation(
         sequences=torch.cat([input_ids.to(new_BL.device), new_BL], dim=1),
-        new_token_ids=tuple(rows),
-        ended=tuple(not is_open for is_open in stream.is_open.tolist()),
+        new_token_ids=rows,
+        finish_reasons=stream.finish_reasons,
+        logprobs=tuple(tuple(of[: len(row)]) for of, row in zip(logprobs, rows, strict=True)) if logprobs else None,
         timing=stream.timing,
     )
 

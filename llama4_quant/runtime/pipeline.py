@@ -1,6 +1,7 @@
 """A checkpoint ready to talk to: model, tokenizer, image processor and the checkpoint's generation defaults."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,16 @@ from torch import Tensor
 
 from llama4_quant.checkpoint.source import resolve
 from llama4_quant.errors import UsageError
-from llama4_quant.runtime.generate import Timing, TokenStream, generate
+from llama4_quant.runtime.cache import KVCache
+from llama4_quant.runtime.generate import TokenStream
 from llama4_quant.runtime.image_files import ImageSource
 from llama4_quant.runtime.loader import load
 from llama4_quant.runtime.model import Llama4Model
-from llama4_quant.runtime.processor import ImageProcessor, ProcessorSettings
+from llama4_quant.runtime.processor import ImageProcessor, ProcessedImage, ProcessorSettings
 from llama4_quant.runtime.sampling import GenerationSettings
-from llama4_quant.runtime.tokenizer import Message, StreamDecoder, Tokenizer, pad_left
+from llama4_quant.runtime.streams import Completion, TextStream, TextStreams
+from llama4_quant.runtime.timing import FinishReason, Timing
+from llama4_quant.runtime.tokenizer import Message, Tokenizer, pad_left
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,42 +39,25 @@ class ModelInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completions:
-    """What a batch of prompts was completed with."""
-
-    texts: tuple[str, ...]
-    timing: Timing
-
-
-class TextStream(Iterator[str]):
-    """Yields text as soon as it is certain; ends where the model ends or at a limit.
+    """What a batch of prompts was completed with.
 
     Attributes:
-        token_ids: new tokens so far, without the one that ended the text.
+        rows: one for each prompt, in order.
+        timing: of the whole batch.
     """
 
-    def __init__(self, tokens: TokenStream, tokenizer: Tokenizer) -> None:
-        """Read from a stream of one row."""
-        self.token_ids: list[int] = []
-        self._tokens = tokens
-        self._decoder = StreamDecoder(tokenizer)
-
-    def __next__(self) -> str:
-        """The next piece of text, never empty."""
-        for token in self._tokens:
-            token_id = int(token)
-            if token_id in self._tokens.eos_token_ids:
-                break
-            self.token_ids.append(token_id)
-            if piece := self._decoder.push(token_id):
-                return piece
-        if piece := self._decoder.finish():
-            return piece
-        raise StopIteration
+    rows: tuple[Completion, ...]
+    timing: Timing
 
     @property
-    def timing(self) -> Timing:
-        """Of the tokens so far."""
-        return self._tokens.timing
+    def texts(self) -> tuple[str, ...]:
+        """The text of each row."""
+        return tuple(row.text for row in self.rows)
+
+    @property
+    def finish_reasons(self) -> tuple[FinishReason | None, ...]:
+        """Why each row ended."""
+        return tuple(row.finish_reason for row in self.rows)
 
 
 class Pipeline:
@@ -141,35 +128,90 @@ class Pipeline:
         Raises:
             UsageError: images that cannot be read or are too few or many, no chat template, a prompt too long.
         """
-        return self.complete(self.tokenizer.render_chat(messages), images, settings)
+        start = time.perf_counter()
+        return self._stream(self.tokenizer.render_chat(messages), images, settings, start)
 
     def complete(
         self, prompt: str, images: Sequence[ImageSource] = (), settings: GenerationSettings | None = None
     ) -> TextStream:
         """Continue a plain prompt, with one `<|image|>` in it per image; otherwise as `chat`."""
-        inputs = self.prepare([prompt], [images])
-        stream = TokenStream(
-            self.model, inputs.input_ids, settings=settings or self.settings, pixel_values=inputs.pixel_values
-        )
-        return TextStream(stream, self.tokenizer)
+        return self._stream(prompt, images, settings, time.perf_counter())
 
     def complete_batch(
         self,
         prompts: Sequence[str],
         images: Sequence[Sequence[ImageSource]] | None = None,
         settings: GenerationSettings | None = None,
+        *,
+        first_row: int = 0,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> Completions:
-        """Continue several prompts at once; `images` has one list per prompt."""
+        """Continue several prompts at once.
+
+        Args:
+            prompts: plain, or rendered by `tokenizer.render_chat`.
+            images: one list per prompt; None for no images.
+            settings: instead of the checkpoint's.
+            first_row: number of the first prompt. A row's random numbers depend on the seed and its number, so that a
+                list of prompts gives the same answers in batches of any size.
+            on_text: called with a row's number in this batch, from 0, and its next piece of text.
+
+        Raises:
+            UsageError: as for `chat`.
+        """
+        start = time.perf_counter()
         inputs = self.prepare(prompts, [()] * len(prompts) if images is None else images)
-        generation = generate(
+        numbers = range(first_row, first_row + len(prompts))
+        streams = self.stream(inputs, settings, numbers=numbers, prepare_seconds=time.perf_counter() - start)
+        for row, piece in streams:
+            if on_text is not None:
+                on_text(row, piece)
+        return Completions(rows=streams.completions, timing=streams.timing)
+
+    def stream(
+        self,
+        inputs: ModelInputs,
+        settings: GenerationSettings | None = None,
+        *,
+        cache: KVCache | None = None,
+        numbers: Sequence[int] | None = None,
+        prepare_seconds: float = 0.0,
+    ) -> TextStreams:
+        """Text of all rows, piece by piece.
+
+        Args:
+            inputs: from `prepare`; with a cache, `pixel_values` of the images that are not in it.
+            settings: instead of the checkpoint's.
+            cache: of one that generated before, with the first tokens of these prompts.
+            numbers: each row's number; None counts from 0.
+            prepare_seconds: what to say in the timing.
+
+        Raises:
+            UsageError: a prompt too long.
+        """
+        settings = settings or self.settings
+        tokens = TokenStream(
             self.model,
             inputs.input_ids,
-            settings=settings or self.settings,
+            settings=settings,
             attention_mask=inputs.attention_mask,
             pixel_values=inputs.pixel_values,
+            cache=cache,
+            rows=numbers,
         )
-        texts = tuple(self.tokenizer.decode(row) for row in generation.new_token_ids)
-        return Completions(texts=texts, timing=generation.timing)
+        return TextStreams(
+            tokens,
+            self.tokenizer,
+            num_prompt_tokens=inputs.attention_mask.sum(dim=1).tolist(),
+            stop=settings.stop,
+            prepare_seconds=prepare_seconds,
+        )
+
+    def _stream(
+        self, prompt: str, images: Sequence[ImageSource], settings: GenerationSettings | None, start: float
+    ) -> TextStream:
+        inputs = self.prepare([prompt], [images])
+        return TextStream(self.stream(inputs, settings, prepare_seconds=time.perf_counter() - start))
 
     def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[ImageSource]]) -> ModelInputs:
         """Expand images, tokenize (with <|begin_of_text|>) and pad.
@@ -179,12 +221,9 @@ class Pipeline:
         """
         if len(images) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts, but images for {len(images)}; give one list per prompt")
-        tiles: list[Tensor] = []
-        rows = []
-        for prompt, sources in zip(prompts, images, strict=True):
-            expanded, new_tiles = self._expand(prompt, sources)
-            rows.append(self.tokenizer.encode(expanded, bos=True))
-            tiles += new_tiles
+        processed = [self.process(sources) for sources in images]
+        rows = [self.encode(prompt, row_images) for prompt, row_images in zip(prompts, processed, strict=True)]
+        tiles = [image.tiles for row_images in processed for image in row_images]
         batch = pad_left(rows, self.tokenizer.pad_token_id or 0)
         return ModelInputs(
             input_ids=batch.input_ids,
@@ -192,13 +231,35 @@ class Pipeline:
             pixel_values=torch.cat(tiles) if tiles else None,
         )
 
-    def _expand(self, prompt: str, sources: Sequence[ImageSource]) -> tuple[str, list[Tensor]]:
+    def process(self, sources: Sequence[ImageSource]) -> list[ProcessedImage]:
+        """Images as the model takes them.
+
+        Raises:
+            UsageError: the model is text-only, or an image cannot be read.
+        """
+        if not sources:
+            return []
+        processor = self.check_takes_images()
+        return [processor.process(source) for source in sources]
+
+    def check_takes_images(self) -> ImageProcessor:
+        """What prepares images.
+
+        Raises:
+            UsageError: the model is text-only.
+        """
         if self.processor is None:
-            if sources:
-                raise UsageError("this checkpoint is text-only: it takes no images")
-            return prompt, []
-        images = [self.processor.process(source) for source in sources]
-        return self.processor.expand(prompt, images), [image.tiles for image in images]
+            raise UsageError("this checkpoint is text-only: it takes no images")
+        return self.processor
+
+    def encode(self, prompt: str, images: Sequence[ProcessedImage] = ()) -> list[int]:
+        """Token ids of a prompt, with <|begin_of_text|> in front and each image's tokens for its `<|image|>`.
+
+        Raises:
+            UsageError: too few or too many images.
+        """
+        expanded = prompt if self.processor is None else self.processor.expand(prompt, images)
+        return self.tokenizer.encode(expanded, bos=True)
 
 
 def user_message(text: str, num_images: int = 0) -> Message:

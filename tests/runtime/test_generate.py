@@ -12,6 +12,7 @@ from llama4_quant.errors import UsageError
 from llama4_quant.runtime.generate import Generation, TokenStream, _pad_token_id, generate
 from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.runtime.sampling import GenerationSettings
+from llama4_quant.runtime.timing import FinishReason
 
 EOS, PAD, VOCABULARY = 7, 9, 10
 
@@ -42,7 +43,7 @@ def test_stops_at_eos() -> None:
     generation = _count(CountingModel(), [[1, 4]])
     assert generation.sequences.tolist() == [[1, 4, 5, 6, EOS]]
     assert generation.new_token_ids == ((5, 6),)
-    assert generation.ended == (True,)
+    assert generation.finish_reasons == (FinishReason.EOS,)
 
 
 def test_stops_at_any_eos() -> None:
@@ -53,7 +54,7 @@ def test_stops_at_any_eos() -> None:
 def test_stops_at_max_new_tokens() -> None:
     generation = _count(CountingModel(), [[1]], max_new_tokens=3)
     assert generation.new_token_ids == ((2, 3, 4),)
-    assert generation.ended == (False,)
+    assert generation.finish_reasons == (FinishReason.LENGTH,)
 
 
 def test_no_eos_at_all() -> None:
@@ -95,6 +96,32 @@ def test_ended_rows_are_padded_and_padding_is_not_counted() -> None:
 
 def test_one_token_has_no_decode_speed() -> None:
     assert _count(CountingModel(), [[1]], max_new_tokens=1).timing.decode_tokens_per_second is None
+
+
+def test_a_closed_row_is_padded_and_has_stopped() -> None:
+    """Rows 0 and 1 would count to the end; row 1 is closed after its first token, row 2 ends by itself."""
+    stream = TokenStream(CountingModel(), torch.tensor([[0], [0], [5]]), settings=GenerationSettings(max_new_tokens=3))
+    columns = [next(stream).tolist()]
+    stream.close(1)
+    columns += [column.tolist() for column in stream]
+    assert columns == [[1, 1, 6], [2, PAD, EOS], [3, PAD, PAD]]
+    assert stream.finish_reasons == (FinishReason.LENGTH, FinishReason.STOP, FinishReason.EOS)
+    assert stream.timing.num_new_tokens == 3 + 1 + 2
+
+
+def test_all_rows_closed_ends_the_stream() -> None:
+    model = CountingModel()
+    stream = TokenStream(model, torch.tensor([[0], [1]]), settings=GenerationSettings())
+    next(stream)
+    stream.close(0)
+    stream.close(1)
+    assert list(stream) == []
+    assert len(model.calls) == 1
+
+
+def test_stop_strings_need_a_tokenizer() -> None:
+    with pytest.raises(UsageError, match="stop strings need a tokenizer"):
+        _count(CountingModel(), [[1]], stop=("x",))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +219,70 @@ def test_sampling_depends_on_the_seed_alone(model: Llama4Model) -> None:
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.5, "top_p": 0.95}, {"repetition_penalty": 1.5}])
+def test_a_row_does_not_depend_on_the_others(model: Llama4Model, settings: dict[str, float]) -> None:
+    """Alone, under its number, every row of a sampled or penalized batch gives the same tokens."""
+    prompts = [[3, 14, 15, 9, 26, 5, 35], [8, 9], [3, 14, 15, 9, 26, 5, 35], [40]]
+    chosen = GenerationSettings(max_new_tokens=12, seed=4, logprobs=True, **settings)
+    ids = torch.tensor([[0] * (7 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (7 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    together = generate(model, ids, attention_mask=mask, settings=chosen)
+    assert together.logprobs is not None
+    for number, prompt in enumerate(prompts):
+        alone = TokenStream(model, torch.tensor([prompt]), settings=chosen, rows=[number])
+        tokens, logprobs = zip(*((int(token), float(alone.logprobs)) for token in alone), strict=True)
+        assert tokens == together.new_token_ids[number]
+        # Logits agree within float32 rounding of sums of 32 to 64 products, far below 1e-4.
+        assert together.logprobs[number] == pytest.approx(logprobs, abs=1e-4)
+    same = together.new_token_ids[0] == together.new_token_ids[2]
+    assert same == ("temperature" not in settings)  # equal prompts, other random numbers
+    plain = generate(model, ids, attention_mask=mask, settings=GenerationSettings(max_new_tokens=12))
+    assert all(a != b for a, b in zip(plain.new_token_ids, together.new_token_ids, strict=True))  # it made a difference
+
+
+def test_logprobs_are_of_the_model(model: Llama4Model) -> None:
+    """As computed from a forward pass over the whole text; the sum of rounding errors is far below 1e-4."""
+    settings = GenerationSettings(max_new_tokens=10, temperature=2.0, repetition_penalty=1.4, logprobs=True)
+    found = generate(model, torch.tensor([[3, 14, 15]]), settings=settings)
+    with torch.inference_mode():
+        expected = model(found.sequences)[0, 2:-1].log_softmax(dim=-1)
+    chosen = expected.gather(1, found.sequences[0, 3:, None])[:, 0].tolist()
+    assert found.logprobs == (pytest.approx(chosen, abs=1e-4),)
+
+
+def test_a_cache_with_the_beginning_of_the_prompt(model: Llama4Model) -> None:
+    """What is in the cache is not computed again; penalties count it all the same."""
+    prompt, settings = [3, 14, 15, 9, 26, 5], GenerationSettings(max_new_tokens=8, repetition_penalty=1.3)
+    expected = generate(model, torch.tensor([prompt]), settings=settings).new_token_ids[0]
+    cache = model.new_cache(1)
+    with torch.inference_mode():
+        model(torch.tensor([prompt[:4]]), cache=cache)
+    stream = TokenStream(model, torch.tensor([prompt]), settings=settings, cache=cache)
+    assert tuple(int(token) for token in stream) == expected
+    assert stream.cache is cache
+    assert cache.length == len(prompt) + 8 - 1
+    assert (stream.timing.num_prompt_tokens, stream.timing.num_cached_tokens) == (6, 4)
+    with pytest.raises(UsageError, match="the cache holds 13 columns, expected fewer than the prompt's 6"):
+        TokenStream(model, torch.tensor([prompt]), settings=settings, cache=cache)
+
+
+@pytest.mark.parametrize("length", range(1, 11))
+def test_a_cache_can_be_rewound_within_the_last_chunk(model: Llama4Model, length: int) -> None:
+    """10 columns in chunks of 4: columns before 8 are forgotten in the RoPE layer, so 8 and more can be kept."""
+    ids = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7]])
+    cache = model.new_cache(1)
+    with torch.inference_mode():
+        model(ids, cache=cache)
+        assert cache.rewind(length) == (length >= 8)
+        if length < 8:
+            assert cache.length == 10
+            return
+        other = torch.cat([ids[:, :length], torch.tensor([[11, 12, 13]])], dim=1)
+        found = model(other[:, length:], cache=cache)[:, -1]
+        # The same sums in another order: float32 rounding of at most 64 products of order 1.
+        torch.testing.assert_close(found, model(other)[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_greedy_tokens_are_varied(model: Llama4Model) -> None:

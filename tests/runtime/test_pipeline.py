@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from PIL import Image
 from transformers import Llama4ForConditionalGeneration
 
 from llama4_quant.errors import CheckpointError, UsageError
-from llama4_quant.runtime.pipeline import Pipeline, TextStream, user_message
+from llama4_quant.runtime.pipeline import Pipeline, user_message
+from llama4_quant.runtime.sampling import GenerationSettings
+from llama4_quant.runtime.streams import TextStream
+from llama4_quant.runtime.timing import FinishReason
 from llama4_quant.sample import SAMPLE_DIR, shapes
 
 QUESTION = shapes.QUESTIONS[0]
@@ -88,6 +92,88 @@ def test_a_batch_gives_what_its_rows_give_alone(pipeline: Pipeline) -> None:
     alone = tuple(_read(pipeline.complete(prompt, row, settings)) for prompt, row in zip(prompts, images, strict=True))
     assert batch.texts == alone
     assert len(set(alone)) == 3
+
+
+# Ends, and what is known of them
+
+
+LISTS = ("The list", "Return a new string object with", "A dictionary")
+
+
+def _long(pipeline: Pipeline, **settings: object) -> GenerationSettings:
+    return replace(pipeline.settings, max_new_tokens=24, eos_token_ids=(), **settings)
+
+
+def test_a_stop_string_ends_the_text_before_it(pipeline: Pipeline) -> None:
+    """Any stretch of the answer, also one that begins and ends inside tokens."""
+    whole = _read(pipeline.complete(LISTS[0], settings=_long(pipeline)))
+    for start, length in ((1, 1), (3, 7), (20, 12), (len(whole) - 3, 3)):
+        stop = whole[start : start + length]
+        stream = pipeline.complete(LISTS[0], settings=_long(pipeline, stop=("\x00never", stop)))
+        assert _read(stream) == whole[: whole.index(stop)]
+        assert stream.finish_reason is FinishReason.STOP
+        assert pipeline.tokenizer.decode(stream.token_ids).startswith(whole[: whole.index(stop) + length])
+
+
+def test_a_stop_string_that_does_not_come_holds_nothing_back(pipeline: Pipeline) -> None:
+    whole = _read(pipeline.complete(LISTS[0], settings=_long(pipeline)))
+    stream = pipeline.complete(LISTS[0], settings=_long(pipeline, stop=(whole[-5:] + "\x00",)))
+    assert _read(stream) == whole
+    assert stream.finish_reason is FinishReason.LENGTH
+
+
+def test_rows_stop_one_by_one(pipeline: Pipeline) -> None:
+    """Each row ends as it does alone: by a stop string, at a limit, by itself."""
+    alone = [_read(pipeline.complete(prompt, settings=_long(pipeline))) for prompt in LISTS]
+    stop = alone[0][10:14]
+    assert stop not in alone[1]
+    settings = _long(pipeline, stop=(stop,))
+    eos = pipeline.prepare([alone[1]], [[]]).input_ids[0, 6].item()
+    settings = replace(settings, eos_token_ids=(eos,))
+    pieces: list[tuple[int, str]] = []
+    batch = pipeline.complete_batch(LISTS, settings=settings, on_text=lambda row, text: pieces.append((row, text)))
+    for index, (prompt, row) in enumerate(zip(LISTS, batch.rows, strict=True)):
+        stream = pipeline.complete(prompt, settings=settings)
+        assert "".join(text for number, text in pieces if number == index) == row.text == _read(stream)
+        assert row == stream.completion
+        assert row.num_prompt_tokens == len(pipeline.encode(prompt))
+    assert batch.finish_reasons[:2] == (FinishReason.STOP, FinishReason.EOS)
+    assert batch.timing.num_new_tokens == sum(row.num_new_tokens for row in batch.rows)
+
+
+def test_random_numbers_belong_to_rows(pipeline: Pipeline) -> None:
+    """Six prompts in one batch, or in batches of four and two, or one by one: the same texts."""
+    settings = _long(pipeline, temperature=1.0, seed=11)
+    prompts = [LISTS[0], *LISTS, LISTS[0], LISTS[2]]
+
+    def texts(*borders: int) -> list[str]:
+        parts = [(prompts[a:b], a) for a, b in pairwise(borders)]
+        batches = [pipeline.complete_batch(part, settings=settings, first_row=first) for part, first in parts]
+        return [text for batch in batches for text in batch.texts]
+
+    together = texts(0, 6)
+    assert texts(0, 4, 6) == together
+    assert texts(*range(7)) == together
+    assert len(set(together)) == len(prompts)  # also where prompts are equal
+
+
+def test_logprobs_of_a_batch(pipeline: Pipeline) -> None:
+    settings = replace(pipeline.settings, max_new_tokens=8, logprobs=True)
+    batch = pipeline.complete_batch(LISTS, settings=settings)
+    for row in batch.rows:
+        assert row.logprobs is not None
+        assert len(row.logprobs) == len(row.token_ids)
+        assert all(logprob <= 0 for logprob in row.logprobs)
+    assert pipeline.complete_batch(LISTS[:1], settings=replace(settings, logprobs=False)).rows[0].logprobs is None
+
+
+def test_timing_counts_preparation(pipeline: Pipeline) -> None:
+    stream = pipeline.chat([user_message(QUESTION, 1)], [_image(0)])
+    next(stream)
+    timing = stream.timing
+    assert timing.prepare_seconds > 0
+    assert timing.first_token_seconds == timing.prepare_seconds + timing.prefill_seconds
+    assert timing.prefill_tokens_per_second == timing.num_prompt_tokens / timing.prefill_seconds
 
 
 def test_prompts_start_with_one_begin_of_text(pipeline: Pipeline) -> None:
