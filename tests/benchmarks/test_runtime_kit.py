@@ -158,6 +158,7 @@ def test_transformers_reads_every_expert() -> None:
     assert row("ours-bf16", 10).bytes_per_step(8, {8: 2.5}) == 3_500_000
 
 
+@pytest.mark.slow
 def test_the_command_on_a_tiny_model(tmp_path: Path) -> None:
     output = tmp_path / "runtime.json"
     command = [sys.executable, "tests/benchmarks/runtime.py", "--tiny", "--only", "ours-int4-experts"]
@@ -176,3 +177,18 @@ def test_the_command_on_a_tiny_model(tmp_path: Path) -> None:
     assert "\nours-int4-experts " in done.stdout
     (read,) = report["reads"]
     assert len(read) == 2
+
+
+@pytest.mark.slow
+def test_offload_on_a_tiny_model(tmp_path: Path) -> None:
+    """Its exit code says that all logits are bit-equal."""
+    output = tmp_path / "offload.json"
+    command = [sys.executable, "tests/benchmarks/offload.py", "--tiny", "--kernel", "reference", "--shares", "0.25"]
+    command += ["--prompt", "16", "--batch", "2", "--steps", "1", "--rounds", "2", "--work", tmp_path / "work"]
+    done = subprocess.run([*command, "--output", output], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text(encoding="utf-8"))
+    # 4 layers of 4 experts with three [256, 256] weights: 4 bits, a 16-bit scale for each 128, and the shape as int64
+    assert report["expert_bytes"] == 16 * 3 * (256 * 256 // 2 + 256 * 2 * 2 + 2 * 8)
+    assert [row["is_equal"] for row in report["rows"]] == [True] * 4
+    assert [row["evicted"] for row in report["rows"]] == [False, False, False, True]
