@@ -11,7 +11,8 @@ The model has Scout's proportions (16 experts, one per token, a shared one, 5 qu
 4th layer NoPE) at --width eighths of Scout's width and with --layers layers, and random weights. By default it is
 10.4 GB in BF16, and a decode step of the leanest row reads 0.49 GB. All rows have the same weights, converted by
 `convert`, or written as GGUF and quantized by llama.cpp's own quantizer. "logits differ" is |logits - ours in BF16| /
-|ours in BF16|. Before that, a tiny model shows that llama.cpp computes our function: fp32 logits of both.
+|ours in BF16|, the median over ten positions. Before all rows, a tiny model shows that llama.cpp computes our function:
+fp32 logits of both.
 
 Each row runs in a process of its own with as many threads as there are cores, one after another. Rounds are repeated;
 the best counts and the median stands beside it. Memory bandwidth is measured before each row, and the best of all is
@@ -31,7 +32,7 @@ from runtime_kit.benchmark import Benchmark, Work
 from runtime_kit.child import THREADS, ChildFailedError
 from runtime_kit.contenders import Contender, System, choose, named
 from runtime_kit.shapes import TINY, scout
-from runtime_kit.table import bars, header, lines
+from runtime_kit.table import bars, header, lines, settings
 from synthetic import circumstances
 
 PACKAGES = {System.LLAMA_CPP: ("cyllama", "gguf"), System.TRANSFORMERS: ("transformers", "compressed_tensors")}
@@ -94,11 +95,14 @@ def conclude(benchmark: Benchmark, check: str | None) -> dict[str, Any]:
     )
     print(f"reading {gigabytes}; {again}")
     if check is not None:
-        print(f"logits of llama.cpp in fp32 beside ours, tiny model: {check}")
+        print(f"logits of llama.cpp in fp32 beside ours, tiny model, largest difference: {check}")
     print("\n" + header(benchmark.work.prompt, benchmark.work.batch))
-    print("\n".join(lines(benchmark.rows, batch_size=benchmark.work.batch, bandwidth=speed)) + "\n")
+    size = benchmark.work.batch
+    table = lines(benchmark.rows, batch_size=size, bandwidth=speed, vocabulary=shape.vocabulary)
+    print("\n".join(table) + "\n")
     for bar in found:
         print(bar.line)
+    print("\n" + "\n".join(settings(row) for row in benchmark.rows if row.problem is None))
     return {
         **where,
         "shape": asdict(shape),

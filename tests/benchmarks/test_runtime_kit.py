@@ -117,9 +117,9 @@ def test_best_variant_counts() -> None:
 
 
 def test_distance_of_logits(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(array("f", [3, 4]).tobytes())
-    (tmp_path / "b").write_bytes(array("f", [3, 4.5]).tobytes())
-    assert apart(tmp_path / "b", tmp_path / "a") == pytest.approx(0.5 / 5)
+    (tmp_path / "a").write_bytes(array("f", [3, 4, 0, 2]).tobytes())
+    (tmp_path / "b").write_bytes(array("f", [3, 4.5, 2, 2]).tobytes())
+    assert apart(tmp_path / "b", tmp_path / "a", 2) == pytest.approx([0.5 / 5, 2 / 2])
 
 
 def row(name: str, decode: float, prefill: float = 100.0) -> Row:
@@ -145,7 +145,7 @@ def test_bars() -> None:
 
 def test_failed_rows_are_in_the_table_and_in_no_bar() -> None:
     rows = [row("ours-int4", 80), Row(contender=named("ours-bf16"), problem="worker_ours: exit code 1: gone")]
-    shown = lines(rows, batch_size=8, bandwidth=2e8)
+    shown = lines(rows, batch_size=8, bandwidth=2e8, vocabulary=4)
     assert "worker_ours: exit code 1: gone" in shown[1]
     assert shown[0].split()[-6:-2] == ["0.00", "2", "0.16", "80%"]
     assert len(bars(rows, bandwidth=2e8, num_experts=4)) == 1

@@ -148,4 +148,5 @@ class Benchmark:
         job = Work(prompt=64, batch=8, steps=1, rounds=2, seconds=1).job(TINY.vocabulary)
         for contender, model in ((named("ours-bf16"), source), (named("llamacpp-bf16"), target)):
             self._run(contender, model, job, {"load": {"dtype": "float32"}, "exact": True})
-        return apart(self.folder / "tiny.gguf-llamacpp-bf16.logits", self.folder / "tiny-ours-bf16.logits")
+        theirs, ours = (self.folder / f"{name}.logits" for name in ("tiny.gguf-llamacpp-bf16", "tiny-ours-bf16"))
+        return max(apart(theirs, ours, TINY.vocabulary))

@@ -107,18 +107,20 @@ def measured_hits(rows: Sequence[Row]) -> Mapping[int, float] | None:
     return known.get("ours-bf16") or next(iter(known.values()), None)
 
 
-def difference(row: Row, reference: Row) -> float | None:
-    """Of two rows' logits."""
+def difference(row: Row, reference: Row, width: int) -> float | None:
+    """Of two rows' logits: the median over positions, for at a near tie of its router a token changes its expert."""
     if row.logits is None or reference.logits is None:
         return None
-    return apart(row.logits, reference.logits)
+    return median(apart(row.logits, reference.logits, width))
 
 
-def apart(logits: Path, reference: Path) -> float:
-    """|logits - reference| / |reference| over all positions that were kept."""
+def apart(logits: Path, reference: Path, width: int) -> list[float]:
+    """|logits - reference| / |reference| of each position; `width` logits are one."""
     ours, theirs = (_floats(path) for path in (logits, reference))
-    distance = math.fsum((a - b) ** 2 for a, b in zip(ours, theirs, strict=True))
-    return math.sqrt(distance / math.fsum(b**2 for b in theirs))
+    squares = [(a - b) ** 2 for a, b in zip(ours, theirs, strict=True)]
+    starts = range(0, len(theirs), width)
+    norms = [math.fsum(value * value for value in theirs[start : start + width]) for start in starts]
+    return [math.sqrt(math.fsum(squares[s : s + width]) / norm) for s, norm in zip(starts, norms, strict=True)]
 
 
 def _floats(path: Path) -> "array[float]":

@@ -16,20 +16,32 @@ def header(num_prompt: int, batch_size: int) -> str:
     )
 
 
-def lines(rows: Sequence[Row], *, batch_size: int, bandwidth: float) -> list[str]:
+def lines(rows: Sequence[Row], *, batch_size: int, bandwidth: float, vocabulary: int) -> list[str]:
     """One a row; `bandwidth` in bytes per second."""
     hits = measured_hits(rows)
     reference = next((row for row in rows if row.contender.name == "ours-bf16"), None)
-    return [_line(row, hits, reference, batch_size, bandwidth) for row in rows]
+    found = []
+    for row in rows:
+        apart = None if reference is None else difference(row, reference, vocabulary)
+        found.append(_line(row, hits, apart, batch_size, bandwidth))
+    return found
 
 
-def _line(row: Row, hits: Mapping[int, float] | None, reference: Row | None, batch_size: int, bandwidth: float) -> str:
+def settings(row: Row) -> str:
+    """What ran, and which variants were the best."""
+    assert row.prefill is not None
+    assert row.decode is not None
+    speeds = {"prefill": row.prefill} | {f"decode {size}": speed for size, speed in row.decode.items()}
+    variants = [f"{what}: {speed.variant}" for what, speed in speeds.items() if speed.variant]
+    return f"{row.contender.name}: " + "; ".join([row.contender.what, *row.notes, *variants])
+
+
+def _line(row: Row, hits: Mapping[int, float] | None, apart: float | None, batch_size: int, bandwidth: float) -> str:
     if row.prefill is None or row.decode is None:
         return f"{row.contender.name:19}{row.problem}"
     step, speed = row.bytes_per_step(1, hits), row.bytes_per_second(1, hits)
     assert step is not None
     assert speed is not None
-    apart = None if reference is None else difference(row, reference)
     return (
         f"{row.contender.name:19}{_speed(row.prefill):>16}{_speed(row.decode[1]):>16}{_speed(row.decode[batch_size]):>18}"
         f"{row.peak_bytes / 1e9:7.2f}{step / 1e6:8.0f}{speed / 1e9:7.2f}{speed / bandwidth:6.0%}"
