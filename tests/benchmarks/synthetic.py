@@ -1,16 +1,17 @@
-"""Checkpoints of one Llama 4 MoE layer for benchmarks, and what to write down about the machine that ran one."""
+"""Checkpoints with random weights for benchmarks, and what to write down about the machine that ran one."""
 
 import json
 import os
 import platform
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from llama4_quant.architecture import Llama4Config, tensor_specs
+from llama4_quant.architecture import Llama4Config, Role, TensorSpec, tensor_specs
 from llama4_quant.checkpoint.layout import Layout, OutputTensor, index_json, layout_shards, parse_size
 
 _BLOCK_WEIGHTS = 1 << 24
@@ -35,7 +36,9 @@ def layer_config(
     }  # fmt: skip
 
 
-def make_checkpoint(folder: Path, config: dict[str, Any], *, sparse: bool, shard_size: str = "3GB") -> Layout:
+def make_checkpoint(
+    folder: Path, config: dict[str, Any], *, sparse: bool, shard_size: str = "3GB", runs: bool = False
+) -> Layout:
     """Write a BF16 checkpoint.
 
     Args:
@@ -43,30 +46,55 @@ def make_checkpoint(folder: Path, config: dict[str, Any], *, sparse: bool, shard
         config: its config.json.
         sparse: zeros that take no room on disk, instead of normal random weights.
         shard_size: size of its files, at most.
+        runs: weights that keep activations near 1, so that logits are finite and tokens spread over the experts.
     """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    specs = tensor_specs(Llama4Config.from_dict(config))
-    tensors = [OutputTensor(name=spec.name, dtype=torch.bfloat16, shape=spec.shape) for spec in specs]
+    specs = {spec.name: spec for spec in tensor_specs(Llama4Config.from_dict(config))}
+    tensors = [OutputTensor(name=spec.name, dtype=torch.bfloat16, shape=spec.shape) for spec in specs.values()]
     layout = layout_shards(tensors, parse_size(shard_size))
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json(layout)))
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(_BLOCK_WEIGHTS + _SHIFT, generator=generator).mul_(_SPREAD).to(torch.bfloat16)
-    for shard in layout.shards:
+    weights = _Weights()
+    for number, shard in enumerate(layout.shards):
         with (folder / shard.filename).open("wb") as file:
             file.write(shard.header)
             if sparse:
                 file.truncate(shard.nbytes)
-            else:
-                _fill(file, (shard.nbytes - len(shard.header)) // 2, weights, generator)
+                continue
+            for placement in (p for p in layout.placements.values() if p.shard == number):
+                spec = specs[placement.tensor.name]
+                for values in weights.draw(spec.num_weights, *(_moments(spec) if runs else (0.0, _SPREAD))):
+                    file.write(values.view(torch.uint8).numpy().data)
     return layout
 
 
-def _fill(file: BinaryIO, num_weights: int, weights: torch.Tensor, generator: torch.Generator) -> None:
-    while num_weights:
-        count, first = min(num_weights, _BLOCK_WEIGHTS), int(torch.randint(_SHIFT, (1,), generator=generator))
-        file.write(weights[first : first + count].view(torch.uint8).numpy().data)
-        num_weights -= count
+def _moments(spec: TensorSpec) -> tuple[float, float]:
+    """Mean and standard deviation with which a layer's outputs are as large as its inputs."""
+    if spec.role is Role.NORM:
+        return 1.0, 0.0
+    if spec.role is Role.EMBEDDING:
+        return 0.0, 1.0
+    fan_in = spec.shape[-2] if spec.role is Role.ROUTED_EXPERT else spec.shape[-1]  # fused experts are transposed
+    return 0.0, fan_in**-0.5
+
+
+class _Weights:
+    """Normal random numbers, drawn once."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._block = torch.randn(_BLOCK_WEIGHTS + _SHIFT, generator=self._generator)
+        self._scaled: tuple[tuple[float, float], torch.Tensor] | None = None
+
+    def draw(self, num_weights: int, mean: float, spread: float) -> Iterator[torch.Tensor]:
+        """BF16 pieces of `num_weights` weights in all."""
+        if self._scaled is None or self._scaled[0] != (mean, spread):
+            self._scaled = (mean, spread), (self._block * spread + mean).to(torch.bfloat16)
+        while num_weights:
+            count = min(num_weights, _BLOCK_WEIGHTS)
+            first = int(torch.randint(_SHIFT, (1,), generator=self._generator))
+            yield self._scaled[1][first : first + count]
+            num_weights -= count
 
 
 def circumstances() -> dict[str, Any]:
