@@ -20,7 +20,10 @@ from llama4_quant.runtime.loader import load, load_size
 from llama4_quant.runtime.pipeline import Pipeline
 from llama4_quant.runtime.sampling import GenerationSettings
 
-RARE_MODEL_FLAGS = ("--group-size", "--observer", "--quantize", "--ignore", "--dtype", "--revision", "--kernel", "--lm-head", "--expert-cache")
+RARE_MODEL_FLAGS = (
+    *("--group-size", "--observer", "--quantize", "--ignore", "--dtype", "--revision"),
+    *("--kernel", "--lm-head", "--expert-cache"),
+)
 RARE_SAMPLING_FLAGS = ("--presence-penalty", "--frequency-penalty")
 
 _SAMPLING = (

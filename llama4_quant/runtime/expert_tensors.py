@@ -18,7 +18,7 @@ from torch import Tensor
 from llama4_quant.architecture import LinearSpec, Role
 from llama4_quant.checkpoint.reader import TensorEntry
 from llama4_quant.checkpoint.tensor_files import TensorFiles
-from llama4_quant.runtime.linear import stored_tensors
+from llama4_quant.ops import Use
 from llama4_quant.stored import StoredWeight
 
 Expert: TypeAlias = tuple[int, int]
@@ -156,7 +156,14 @@ def _projection(linear: LinearSpec) -> str:
 
 
 def _kernel_dtype(weight: StoredWeight, suffix: str, dtype: torch.dtype) -> torch.dtype:
-    """As `linear.stored_tensors` allocates it."""
-    assert weight.linear is not None
-    layout = stored_tensors(weight.scheme, weight.linear.out_features, weight.linear.in_features, dtype)
-    return layout[suffix][1]
+    """As a weight in memory has it."""
+    out_features, in_features = weight.shape
+    use = Use(
+        name=weight.name,
+        scheme=weight.scheme,
+        out_features=out_features,
+        in_features=in_features,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    return use.stored_tensors()[suffix][1]
