@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 16, 64, 128])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=5, help="of which the best counts")
+    parser.add_argument("--repeats", type=int, default=7, help="of which the best counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
