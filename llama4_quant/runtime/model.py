@@ -238,7 +238,8 @@ class Llama4Model(nn.Module):
         if cache is not None:
             cache.advance(input_ids.shape[1], padding)
         if Logits(logits) is Logits.LAST:
-            x_BTH = x_BTH[:, -1:]
+            # Contiguous, or torch's linear makes a copy of the head for every row.
+            x_BTH = x_BTH[:, -1:].contiguous()
         if self.lm_head is None:
             return functional.linear(x_BTH, self.model.embed_tokens.weight)
         logits_BTV: Tensor = self.lm_head(x_BTH)

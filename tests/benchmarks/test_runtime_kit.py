@@ -1,6 +1,7 @@
 """The runtime benchmark itself: its arithmetic, and the whole command on a tiny model."""
 
 import json
+import os
 import subprocess
 import sys
 from array import array
@@ -158,13 +159,19 @@ def test_transformers_reads_every_expert() -> None:
     assert row("ours-bf16", 10).bytes_per_step(8, {8: 2.5}) == 3_500_000
 
 
+def run(command: Sequence[str | Path]) -> "subprocess.CompletedProcess[str]":
+    """With this repository's package, whatever is installed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 def test_the_command_on_a_tiny_model(tmp_path: Path) -> None:
     output = tmp_path / "runtime.json"
     command = [sys.executable, "tests/benchmarks/runtime.py", "--tiny", "--only", "ours-int4-experts"]
     command += ["--output", output]
     command += ["--prompt", "32", "--batch", "4", "--steps", "2", "--rounds", "2", "--work", tmp_path / "work"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(command)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "work").exists()
     report = json.loads(output.read_text(encoding="utf-8"))
@@ -185,7 +192,7 @@ def test_offload_on_a_tiny_model(tmp_path: Path) -> None:
     output = tmp_path / "offload.json"
     command = [sys.executable, "tests/benchmarks/offload.py", "--tiny", "--kernel", "reference", "--shares", "0.25"]
     command += ["--prompt", "16", "--batch", "2", "--steps", "1", "--rounds", "2", "--work", tmp_path / "work"]
-    done = subprocess.run([*command, "--output", output], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run([*command, "--output", output])
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text(encoding="utf-8"))
     # 4 layers of 4 experts with three [256, 256] weights: 4 bits, a 16-bit scale for each 128, and the shape as int64

@@ -156,6 +156,16 @@ def test_last_logits() -> None:
     torch.testing.assert_close(model(ids, logits="last"), model(ids)[:, -1:])
 
 
+def test_head_gets_the_last_column_of_a_batch_contiguous() -> None:
+    """A strided [B, 1, H] makes torch's linear expand the head's weight to one copy per row."""
+    model = random_model(text_config())
+    seen: list[Tensor] = []
+    assert model.lm_head is not None
+    model.lm_head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    model(random_ids(3, 5), logits="last")
+    assert [(tuple(x.shape), x.is_contiguous()) for x in seen] == [((3, 1, model.config.text.hidden_size), True)]
+
+
 def test_mask_of_the_new_columns_or_of_all() -> None:
     model, ids = random_model(text_config()), random_ids(2, 12)
     mask = (torch.arange(12) >= torch.tensor([[3], [0]])).long()
