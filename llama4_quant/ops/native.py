@@ -15,10 +15,12 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llama4_quant.native import NativeUnavailableError
 from llama4_quant.ops.native_checks import is_per_row, why_not_dense, why_not_fp8, why_not_int4, why_not_int8
 from llama4_quant.ops.native_library import Format, Library, Task, build
+from llama4_quant.ops.torch_cpu import spans
 
 __all__ = [
     "description",
@@ -36,6 +38,9 @@ __all__ = [
     "why_not_int4",
     "why_not_int8",
 ]
+
+DENSE_ROWS = 4
+"""Rows from which torch's own bf16 product is the quicker one: its weights need no unpacking."""
 
 _SCALE_TYPES = {torch.bfloat16: 1, torch.float32: 2}
 
@@ -60,6 +65,8 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         RuntimeError: there are no compiled kernels; `probe` says why.
     """
     _require(why_not_dense(x, weight, bias), dims=weight.dim() == 2)
+    if x.numel() >= DENSE_ROWS * x.shape[-1]:
+        return functional.linear(x, weight, bias)
     return _linear(Format.BF16, x, weight, None, bias)
 
 
@@ -93,6 +100,11 @@ def grouped_dense(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor) -> 
         [R, N].
     """
     _require(why_not_dense(x_RK, weight_ENK), dims=weight_ENK.dim() == 3)
+    if x_RK.shape[0] >= DENSE_ROWS:
+        y_RN = x_RK.new_empty(x_RK.shape[0], weight_ENK.shape[1])
+        for expert, rows in spans(rows_per_expert):
+            y_RN[rows] = linear_dense(x_RK[rows], weight_ENK[expert])
+        return y_RN
     return _run(Format.BF16, x_RK, weight_ENK, None, None, rows_per_expert)
 
 
@@ -130,9 +142,14 @@ def _require(reason: str | None, *, dims: bool) -> None:
 def _linear(format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """One expert that has all rows."""
     rows = x.reshape(-1, x.shape[-1])
-    counts = torch.tensor([rows.shape[0]])
+    counts = _count(rows.shape[0])
     stacked_scale = None if scale is None else scale[None]
     return _run(format_, rows, weight[None], stacked_scale, bias, counts).view(*x.shape[:-1], weight.shape[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _count(num_rows: int) -> Tensor:
+    return torch.tensor([num_rows])
 
 
 def _run(
@@ -141,7 +158,9 @@ def _run(
     library = _library()
     if not isinstance(library, Library):
         raise RuntimeError(f"no compiled kernels: {library}")  # noqa: TRY004
-    counts = rows_per_expert.to("cpu", torch.int64).contiguous()
+    counts = rows_per_expert
+    if counts.dtype is not torch.int64 or counts.device.type != "cpu" or not counts.is_contiguous():
+        counts = counts.to("cpu", torch.int64).contiguous()
     if x.dim() != 2 or counts.shape != weight.shape[:1]:
         raise ValueError(f"x is {list(x.shape)} and rows_per_expert {list(counts.shape)} for {weight.shape[0]} experts")
     x = x.contiguous()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llama4_quant.native import NativeUnavailableError, Program, compile_and_load
 
-SOURCES = ("matmul.cpp", "task.h", "activations.h", "portable.h")
+SOURCES = ("matmul.cpp", "task.h", "activations.h", "portable.h", "vectors.h", "tiles.h", "fast.h")
 _STATUS_MEMORY, _STATUS_ROWS = 1, 2
 
 

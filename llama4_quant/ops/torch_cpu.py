@@ -109,7 +109,7 @@ def linear_int4(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Te
 def grouped_dense(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor) -> Tensor:
     """As `reference.grouped_dense`; tests/benchmarks/experts.py measures both."""
     y_RN = x_RK.new_empty(x_RK.shape[0], weight_ENK.shape[1])
-    for expert, rows in _spans(rows_per_expert):
+    for expert, rows in spans(rows_per_expert):
         y_RN[rows] = (weight_ENK[expert] @ x_RK[rows].T).T
     return y_RN
 
@@ -117,7 +117,7 @@ def grouped_dense(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor) -> 
 def grouped_int4(x_RK: Tensor, rows_per_expert: Tensor, packed_ENB: Tensor, scale_EGN2: Tensor) -> Tensor:
     """As `reference.grouped_int4`, of weights that went through `repack_int4` (B bytes of two codes)."""
     y_RN = x_RK.new_empty(x_RK.shape[0], packed_ENB.shape[1])
-    for expert, rows in _spans(rows_per_expert):
+    for expert, rows in spans(rows_per_expert):
         y_RN[rows] = _int4_product(x_RK[rows], packed_ENB[expert], scale_EGN2[expert])
     return y_RN
 
@@ -144,7 +144,7 @@ def grouped_fp8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale
     """As `reference.grouped_fp8`."""
     rounded = reference.round_activations_fp8(x_RK, group_size=reference.activation_group(weight_ENK[0], scale_E[0]))
     y_RN = x_RK.new_empty(x_RK.shape[0], weight_ENK.shape[1])
-    for expert, rows in _spans(rows_per_expert):
+    for expert, rows in spans(rows_per_expert):
         y_RN[rows] = _fp8_product(rounded[rows], weight_ENK[expert], scale_E[expert])
     return y_RN
 
@@ -179,7 +179,7 @@ def _int4_product(x_RK: Tensor, packed_NB: Tensor, scale_GN2: Tensor) -> Tensor:
     return torch._weight_int4pack_mm_for_cpu(x_RK.contiguous(), packed_NB, group_size, scale_GN2)  # noqa: SLF001
 
 
-def _spans(rows_per_expert: Tensor) -> Iterator[tuple[int, slice]]:
+def spans(rows_per_expert: Tensor) -> Iterator[tuple[int, slice]]:
     """Experts that have rows, and which."""
     start = 0
     for expert, num_rows in enumerate(rows_per_expert.tolist()):

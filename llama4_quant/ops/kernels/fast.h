@@ -1,0 +1,169 @@
+// The kernels for processors with AVX-512 (VNNI, BF16, VBMI) and perhaps AMX: which rows go which way, and by whom.
+
+#pragma once
+
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define LLAMA4_QUANT_FAST 1
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define LLAMA4_QUANT_TILES 1
+#include "tiles.h"
+#else
+#include "vectors.h"
+#endif
+
+namespace fast {
+
+using vectors::Rows;
+
+constexpr int64_t kTileRows = 4;  // from so many rows on the matrix unit is quicker
+
+INLINE bool has_tiles() {
+#ifdef LLAMA4_QUANT_TILES
+    return tiles::allowed();
+#else
+    return false;
+#endif
+}
+
+INLINE const char* instructions() {
+    return has_tiles() ? "AVX-512 (VNNI, BF16) and AMX" : "AVX-512 (VNNI, BF16)";
+}
+
+// FP8 in blocks has a scale for 128 inputs of a row of activations, which tiles cannot take in.
+INLINE bool use_tiles(const Task& task, int64_t rows) { return rows >= kTileRows && !task.is_block && has_tiles(); }
+
+INLINE int64_t prepared_bytes(const Task& task, bool in_tiles) {  // of a row, or of a tile of rows
+    int64_t bytes = 0;
+#ifdef LLAMA4_QUANT_TILES
+    if (in_tiles) return tiles::num_tiles(task) * tiles::kTile;
+#endif
+    vectors::by_format(task, [&](auto line) {
+        using Of = decltype(line);
+        bytes = vectors::lines<Of::kStored>(task) * Of::kBytes;
+    });
+    return bytes;
+}
+
+// Rows of all experts, and memory for them: the first pass counts, the second one points.
+INLINE int64_t lay_out(const Task& task, Rows* parts, uint8_t* memory) {
+    uint8_t* at = memory;
+    const int64_t x_scales = task.is_block ? task.groups : 1;
+    for (int64_t expert = 0, first = 0; expert < task.experts; first += task.counts[expert++]) {
+        const int64_t count = task.counts[expert];
+        const bool in_tiles = use_tiles(task, count);
+        const int64_t bytes = prepared_bytes(task, in_tiles), units = in_tiles ? (count + 15) / 16 : count;
+        Rows& rows = parts[expert];
+        rows = {first, count, at, (float*)(at + units * bytes), bytes, x_scales};
+        at += round_up(units * bytes + count * x_scales * (int64_t)sizeof(float), kLine);
+    }
+    return at - memory;
+}
+
+// One row (or of tiles, 16 rows) of activations.
+INLINE void prepare(const Task& task, const Rows& rows, int64_t unit, const int32_t* inputs, uint16_t* codes) {
+    if (!use_tiles(task, rows.count)) {
+        uint8_t* to = rows.x + unit * rows.x_bytes;
+        std::memset(to, 0, rows.x_bytes);
+        vectors::by_format(task, [&](auto line) {
+            vectors::prepare_row<decltype(line)::kStored>(task, task.x + (rows.first + unit) * task.inputs, to,
+                                                          rows.scale + unit * rows.x_scales, codes);
+        });
+        return;
+    }
+#ifdef LLAMA4_QUANT_TILES
+    const int64_t row = 16 * unit, count = at_most(rows.count - row, 16);
+    const uint16_t* x = task.x + (rows.first + row) * task.inputs;
+    for (int64_t r = 0; r < count; r++) {
+        float& scale = rows.scale[row + r];
+        scale = task.format == kFp8 ? round_activations(x + r * task.inputs, task.inputs, codes + r * task.inputs) : 1.0f;
+    }
+    tiles::pack_rows(task, task.format == kFp8 ? codes : x, count, inputs, rows.x + unit * rows.x_bytes);
+#endif
+}
+
+INLINE void multiply(const Task& task, const Rows* parts, int64_t thread, uint8_t* scratch) {
+    const vectors::Table table = vectors::fp8_table();
+    const Range outputs = share(task.outputs, 32, thread, task.threads);
+#ifdef LLAMA4_QUANT_TILES
+    const bool with_tiles = has_tiles();
+    if (with_tiles) {
+        const tiles::Shapes shapes;
+        _tile_loadconfig(&shapes);
+    }
+#endif
+    for (int64_t expert = 0; expert < task.experts; expert++) {
+        const Rows& rows = parts[expert];
+        if (!rows.count) continue;
+#ifdef LLAMA4_QUANT_TILES
+        if (use_tiles(task, rows.count)) {
+            tiles::run_rows(task, rows, table, expert, outputs, scratch);
+            continue;
+        }
+#endif
+        vectors::by_format(task, [&](auto line) {
+            vectors::run_rows<decltype(line)::kStored>(task, rows, table, expert, outputs);
+        });
+    }
+#ifdef LLAMA4_QUANT_TILES
+    if (with_tiles) _tile_release();
+#endif
+}
+
+// 0: done; 1: out of memory.
+int32_t run(const Task& task) {
+    int64_t scratch = 0, units = 0;
+    bool any_tiles = false;
+    for (int64_t expert = 0; expert < task.experts; expert++) {
+        const bool in_tiles = use_tiles(task, task.counts[expert]);
+        any_tiles |= in_tiles;
+        units += in_tiles ? (task.counts[expert] + 15) / 16 : task.counts[expert];
+    }
+#ifdef LLAMA4_QUANT_TILES
+    if (any_tiles) scratch = tiles::scratch_bytes(portable::most_rows(task));
+#endif
+    const int64_t inputs_padded = round_up(task.inputs, 128);
+    const int64_t codes = task.format == kFp8 ? round_up(inputs_padded * 2 * (any_tiles ? 16 : 1), kLine) : 0;
+    const int64_t orders = any_tiles ? round_up(inputs_padded * (int64_t)sizeof(int32_t), kLine) : 0;
+    Rows* parts = allocate<Rows>(task.experts);
+    if (!parts) return 1;
+    const int64_t prepared = lay_out(task, parts, nullptr);
+    uint8_t* memory = allocate<uint8_t>(prepared + orders + task.threads * (scratch + codes));
+    if (!memory) return std::free(parts), 1;
+    lay_out(task, parts, memory);
+    int32_t* inputs = (int32_t*)(memory + prepared);
+    uint8_t* own = memory + prepared + orders;
+#ifdef LLAMA4_QUANT_TILES
+    if (any_tiles)
+        for (int64_t tile = 0; tile < tiles::num_tiles(task); tile++)
+            for (int64_t column = 0; column < tiles::kInputs; column++)
+                inputs[tile * tiles::kInputs + column] = (int32_t)tiles::input_at(task, tile, column);
+#endif
+    const auto prepare_units = [&](int64_t thread) {
+        const Range mine = share(units, 1, thread, task.threads);
+        int64_t first = 0;
+        for (int64_t expert = 0; expert < task.experts; expert++) {
+            const bool in_tiles = use_tiles(task, parts[expert].count);
+            const int64_t count = in_tiles ? (parts[expert].count + 15) / 16 : parts[expert].count;
+            for (int64_t unit = 0; unit < count; unit++)
+                if (first + unit >= mine.first && first + unit < mine.last)
+                    prepare(task, parts[expert], unit, inputs, (uint16_t*)(own + thread * (scratch + codes) + scratch));
+            first += count;
+        }
+    };
+#pragma omp parallel num_threads(task.threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (int64_t thread = 0; thread < task.threads; thread++) prepare_units(thread);
+#pragma omp for schedule(static, 1)
+        for (int64_t thread = 0; thread < task.threads; thread++)
+            multiply(task, parts, thread, own + thread * (scratch + codes));
+    }
+    std::free(memory);
+    std::free(parts);
+    return 0;
+}
+
+}  // namespace fast
+
+#endif
