@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from llama4_quant.native import NativeUnavailableError
 from llama4_quant.ops.native_checks import is_per_row, why_not_dense, why_not_fp8, why_not_int4, why_not_int8
-from llama4_quant.ops.native_library import Format, Library, Task, build
+from llama4_quant.ops.native_library import Format, Library, build
 from llama4_quant.ops.torch_cpu import spans
 
 __all__ = [
@@ -105,25 +105,25 @@ def grouped_dense(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor) -> 
         for expert, rows in spans(rows_per_expert):
             y_RN[rows] = linear_dense(x_RK[rows], weight_ENK[expert])
         return y_RN
-    return _run(Format.BF16, x_RK, weight_ENK, None, None, rows_per_expert)
+    return _grouped(Format.BF16, x_RK, weight_ENK, None, rows_per_expert)
 
 
 def grouped_int4(x_RK: Tensor, rows_per_expert: Tensor, packed_ENW: Tensor, scale_ENG: Tensor) -> Tensor:
     """`grouped_dense` for stacks of `linear_int4`'s weights."""
     _require(why_not_int4(x_RK, packed_ENW, scale_ENG), dims=packed_ENW.dim() == 3)
-    return _run(Format.INT4, x_RK, packed_ENW, scale_ENG, None, rows_per_expert)
+    return _grouped(Format.INT4, x_RK, packed_ENW, scale_ENG, rows_per_expert)
 
 
 def grouped_fp8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale_E: Tensor) -> Tensor:
     """`grouped_dense` for stacks of `linear_fp8`'s weights; scale_E is [E, N, 1], or in blocks [E, N/128, K/128]."""
     _require(why_not_fp8(x_RK, weight_ENK, scale_E), dims=weight_ENK.dim() == 3)
-    return _run(Format.FP8, x_RK, weight_ENK, scale_E, None, rows_per_expert)
+    return _grouped(Format.FP8, x_RK, weight_ENK, scale_E, rows_per_expert)
 
 
 def grouped_int8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scale_EN1: Tensor) -> Tensor:
     """`grouped_dense` for stacks of `linear_int8`'s weights."""
     _require(why_not_int8(x_RK, weight_ENK, scale_EN1), dims=weight_ENK.dim() == 3)
-    return _run(Format.INT8, x_RK, weight_ENK, scale_EN1, None, rows_per_expert)
+    return _grouped(Format.INT8, x_RK, weight_ENK, scale_EN1, rows_per_expert)
 
 
 @functools.cache
@@ -141,10 +141,11 @@ def _require(reason: str | None, *, dims: bool) -> None:
 
 def _linear(format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """One expert that has all rows."""
-    rows = x.reshape(-1, x.shape[-1])
-    counts = _count(rows.shape[0])
-    stacked_scale = None if scale is None else scale[None]
-    return _run(format_, rows, weight[None], stacked_scale, bias, counts).view(*x.shape[:-1], weight.shape[0])
+    outputs, inputs = weight.shape[0], x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], outputs))
+    num_rows = x.numel() // inputs
+    _call(format_, x, weight, scale, bias, _count(num_rows), y, (num_rows, 1, outputs, inputs))
+    return y
 
 
 @functools.lru_cache(maxsize=64)
@@ -152,40 +153,43 @@ def _count(num_rows: int) -> Tensor:
     return torch.tensor([num_rows])
 
 
-def _run(
-    format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, rows_per_expert: Tensor
-) -> Tensor:
+def _grouped(format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, rows_per_expert: Tensor) -> Tensor:
+    counts = rows_per_expert
+    if counts.dtype is not torch.int64 or not counts.is_cpu or not counts.is_contiguous():
+        counts = counts.to("cpu", torch.int64).contiguous()
+    (experts, outputs, _), inputs = weight.shape, x.shape[-1]
+    if x.dim() != 2 or counts.shape != (experts,):
+        raise ValueError(f"x is {list(x.shape)} and rows_per_expert {list(counts.shape)} for {experts} experts")
+    y = x.new_empty((x.shape[0], outputs))
+    _call(format_, x, weight, scale, None, counts, y, (x.shape[0], experts, outputs, inputs))
+    return y
+
+
+def _call(
+    format_: Format,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    counts: Tensor,
+    y: Tensor,
+    sizes: tuple[int, int, int, int],
+) -> None:
+    """Fill y; `sizes` are rows, experts, outputs, inputs. Decoding makes hundreds of calls a token: no detours."""
     library = _library()
     if not isinstance(library, Library):
         raise RuntimeError(f"no compiled kernels: {library}")  # noqa: TRY004
-    counts = rows_per_expert
-    if counts.dtype is not torch.int64 or counts.device.type != "cpu" or not counts.is_contiguous():
-        counts = counts.to("cpu", torch.int64).contiguous()
-    if x.dim() != 2 or counts.shape != weight.shape[:1]:
-        raise ValueError(f"x is {list(x.shape)} and rows_per_expert {list(counts.shape)} for {weight.shape[0]} experts")
     x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype)
-    task = Task(
-        x=x.data_ptr(),
-        counts=counts.data_ptr(),
-        weight=weight.data_ptr(),
-        y=y.data_ptr(),
-        rows=x.shape[0],
-        experts=weight.shape[0],
-        outputs=weight.shape[1],
-        inputs=x.shape[1],
-        weight_stride=weight.stride(0) * weight.element_size(),
-        format=format_,
-        threads=torch.get_num_threads(),
-    )
-    if bias is not None:
-        task.bias = bias.data_ptr()
+    scale_address, scale_stride, groups, scale_type, is_block = 0, 0, 0, 0, False
     if scale is not None:
-        task.scale = scale.data_ptr()
-        task.scale_stride = scale.stride(0) * scale.element_size()
-        task.groups = scale.shape[-1]
-        task.scale_type = _SCALE_TYPES[scale.dtype]
-        task.is_block = format_ is Format.FP8 and not is_per_row(weight, scale)
-    library.matmul(task)
-    return y
+        scale_address, groups, scale_type = scale.data_ptr(), scale.shape[-1], _SCALE_TYPES[scale.dtype]
+        scale_stride = scale.stride(0) * scale.element_size()  # of one weight it is not used
+        is_block = format_ is Format.FP8 and not is_per_row(weight, scale)
+    if bias is not None:
+        bias = bias.contiguous()
+    addresses = (x.data_ptr(), counts.data_ptr(), weight.data_ptr(), scale_address)
+    library.matmul(
+        (*addresses, 0 if bias is None else bias.data_ptr(), y.data_ptr()),
+        (*sizes, weight.stride(0) * weight.element_size(), scale_stride, groups),
+        (format_, scale_type, is_block, torch.get_num_threads()),
+    )

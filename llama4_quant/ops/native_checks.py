@@ -69,6 +69,12 @@ def is_per_row(weight: Tensor, weight_scale: Tensor) -> bool:
 
 def _operands(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """What is asked of the operands of every operator."""
+    is_usual = x.dtype is torch.bfloat16 and weight.dtype is dtype and x.is_cpu and weight.is_cpu and bias is None
+    return None if is_usual and weight.is_contiguous() and weight.dim() in {2, 3} else _unusual(x, weight, bias, dtype)
+
+
+def _unusual(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
+    """The same, one by one: every call of a kernel asks, so what is usual is quick."""
     for name, tensor in (("x", x), ("the weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}, not on the CPU"
@@ -90,11 +96,14 @@ def _width(x: Tensor, weight: Tensor) -> str | None:
 
 
 def _scale(weight: Tensor, scale: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    is_beside = scale.dim() == weight.dim() and scale.shape[:-2] == weight.shape[:-2]
+    if is_beside and scale.is_cpu and scale.dtype in dtypes and scale.is_contiguous():
+        return None
     if scale.device.type != "cpu":
         return f"weight_scale is on {scale.device}, not on the CPU"
     if scale.dtype not in dtypes:
         return f"weight_scale is {scale.dtype}, not {' or '.join(str(dtype) for dtype in dtypes)}"
-    if scale.shape[:-2] != weight.shape[:-2] or scale.dim() != weight.dim() or not _rows_are_contiguous(scale):
+    if not is_beside or not _rows_are_contiguous(scale):
         return (
             f"weight_scale, {list(scale.shape)} with strides {scale.stride()}, does not lie beside {list(weight.shape)}"
         )

@@ -1,6 +1,7 @@
 """kernels/matmul.cpp as a loaded library: what it is compiled from, and the one function that it has."""
 
 import ctypes
+import struct
 from enum import IntEnum
 from pathlib import Path
 
@@ -19,15 +20,8 @@ class Format(IntEnum):
     INT8 = 3
 
 
-class Task(ctypes.Structure):
-    """One product for the library; fields as `struct Task` in task.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "counts", "weight", "scale", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("rows", "experts", "outputs", "inputs")),
-        *((name, ctypes.c_int64) for name in ("weight_stride", "scale_stride", "groups")),
-        *((name, ctypes.c_int32) for name in ("format", "scale_type", "is_block", "threads")),
-    )
+_TASK = struct.Struct("@6P7q4i")
+"""`struct Task` of task.h: addresses, sizes and strides, settings. Packing is quicker than a ctypes.Structure."""
 
 
 class Library:
@@ -45,21 +39,26 @@ class Library:
         functions.llama4_quant_instructions.restype = ctypes.c_char_p
         self.instructions = str(functions.llama4_quant_instructions().decode())
         self._matmul = functions.llama4_quant_matmul
-        self._matmul.argtypes = (ctypes.POINTER(Task),)
+        self._matmul.argtypes = (ctypes.c_char_p,)
         self._matmul.restype = ctypes.c_int32
 
-    def matmul(self, task: Task) -> None:
-        """Run `task`, whose addresses and sizes are believed.
+    def matmul(self, addresses: tuple[int, ...], sizes: tuple[int, ...], settings: tuple[int, ...]) -> None:
+        """Run a task, whose addresses and sizes are believed.
+
+        Args:
+            addresses: of x, counts, weight, scale, bias, y; 0 for none.
+            sizes: rows, experts, outputs, inputs; bytes from one expert to the next of weight and of scale; groups.
+            settings: format, type of the scale, whether it is of blocks, threads.
 
         Raises:
             MemoryError: no memory for the scratch space.
             ValueError: the experts' rows are not those of x.
         """
-        status = self._matmul(ctypes.byref(task))
+        status = self._matmul(_TASK.pack(*addresses, *sizes, *settings))
         if status == _STATUS_MEMORY:
             raise MemoryError("no memory for the scratch space of a matrix product")
         if status == _STATUS_ROWS:
-            raise ValueError(f"rows_per_expert does not sum to the {task.rows} rows of x, or has a negative number")
+            raise ValueError(f"rows_per_expert does not sum to the {sizes[0]} rows of x, or has a negative number")
 
 
 def build(march: str = "native") -> Library:

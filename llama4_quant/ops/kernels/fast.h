@@ -110,6 +110,13 @@ INLINE void multiply(const Task& task, const Rows* parts, int64_t thread, uint8_
 #endif
 }
 
+// The expert that has rows, where no other has.
+INLINE int64_t the_only(const Task& task) {
+    int64_t expert = 0;
+    while (!task.counts[expert]) expert++;
+    return expert;
+}
+
 // 0: done; 1: out of memory.
 int32_t run(const Task& task) {
     int64_t scratch = 0, units = 0;
@@ -151,10 +158,13 @@ int32_t run(const Task& task) {
             first += count;
         }
     };
+    if (units == 1) prepare(task, parts[the_only(task)], 0, inputs, (uint16_t*)(own + scratch));
 #pragma omp parallel num_threads(task.threads)
     {
+        if (units > 1) {
 #pragma omp for schedule(static, 1)
-        for (int64_t thread = 0; thread < task.threads; thread++) prepare_units(thread);
+            for (int64_t thread = 0; thread < task.threads; thread++) prepare_units(thread);
+        }
 #pragma omp for schedule(static, 1)
         for (int64_t thread = 0; thread < task.threads; thread++)
             multiply(task, parts, thread, own + thread * (scratch + codes));

@@ -1,9 +1,9 @@
 // Few rows of activations (decoding): a weight is read once, a cache line at a time, and multiplied where it is.
 //
-// int4 and int8 codes are multiplied as integers (VNNI: unsigned code times signed byte). A row of activations becomes
-// fixed point with 24 bits, of which a step is about 2^-23 of its largest, in three bytes of which each is multiplied by
-// itself; the products are summed exactly. So an error is far below the one that bf16 activations came with, and the
-// result does not depend on the order of sums. FP8 codes become bf16 by table, and are multiplied by the bf16 unit
+// int4 and int8 codes are multiplied as integers (VNNI: unsigned code times signed byte). The activations that meet one
+// line become fixed point with 16 bits and a scale of their own; each of their two bytes is multiplied by itself, and the
+// products are summed exactly. The error of an activation is 2^-17 of the line's largest, of which bf16 alone is off by
+// up to 2^-9 (docs/kernels-cpu.md). FP8 codes become bf16 by table, and are multiplied by the bf16 unit
 // (which takes subnormal numbers for 0: no e4m3 number is one, and no product with a code of activations).
 
 #pragma once
@@ -16,7 +16,7 @@ namespace vectors {
 
 constexpr int64_t kMost = 4;          // rows of activations that are multiplied at once
 constexpr int64_t kAhead = 4096;      // bytes: how far memory is read ahead into the second cache
-constexpr float kFixedMost = 8355000;  // a little less than 127 * (2^16 + 2^8 + 1), which three signed bytes hold
+constexpr float kFixedMost = 32600;  // a little less than 127 * 257, which two signed bytes hold
 
 INLINE __m512 dot_bf16(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
@@ -30,14 +30,14 @@ INLINE __m512i load_bytes(const uint8_t* from, int64_t count) {  // then zeros
 template <Format kFormat>
 struct Line;
 template <>
-struct Line<kInt4> {  // three bytes of 64 even inputs and 64 odd ones, and what makes codes 0..15 into -8..7
+struct Line<kInt4> {  // two bytes of 64 even inputs and of 64 odd ones; what makes codes 0..15 into -8..7; a scale
     static constexpr Format kStored = kInt4;
-    static constexpr int64_t kInputs = 128, kBytes = 7 * 64;
+    static constexpr int64_t kInputs = 128, kBytes = 6 * 64;
 };
 template <>
-struct Line<kInt8> {  // the same of 64 inputs; 0..255 into -128..127, for two bytes and for the third
+struct Line<kInt8> {  // the same of 64 inputs; 0..255 into -128..127
     static constexpr Format kStored = kInt8;
-    static constexpr int64_t kInputs = 64, kBytes = 5 * 64;
+    static constexpr int64_t kInputs = 64, kBytes = 4 * 64;
 };
 template <>
 struct Line<kFp8> {  // bf16, in the order of `decode_fp8`
@@ -55,76 +55,76 @@ INLINE int64_t lines(const Task& task) {
     return (task.inputs + Line<kFormat>::kInputs - 1) / Line<kFormat>::kInputs;
 }
 
-// Scale of a row in fixed point. NaN or infinity in a row makes all of its results NaN, by the scale.
-INLINE float fixed_scale(const uint16_t* x, int64_t size) {
+// Step of the fixed point of some inputs; NaN if one of them is NaN or infinite.
+INLINE float fixed_step(const uint16_t* x, int64_t size) {
     uint16_t most = 0;
     for (int64_t k = 0; k < size; k++) most = (x[k] & 0x7FFF) > most ? (uint16_t)(x[k] & 0x7FFF) : most;
     if (most >= 0x7F80) return __builtin_nanf("");
     return most ? from_bf16(most) / kFixedMost : 1.0f;
 }
 
-// 64 inputs as three signed bytes each, the most significant ones first: value = (byte 0 * 256 + byte 1) * 256 + byte 2.
-INLINE void to_fixed(const uint16_t* x, int64_t size, __m512 inverse, __m512i bytes[3]) {
-    alignas(64) uint8_t stored[3][64];
+// 64 inputs as two signed bytes each: value = byte 0 * 256 + byte 1.
+INLINE void to_fixed(const uint16_t* x, int64_t size, __m512 inverse, __m512i bytes[2]) {
+    alignas(64) uint8_t stored[2][64];
     for (int part = 0; part < 4; part++) {
         const int64_t left = size - 16 * part;
         const __mmask16 there = left >= 16 ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
         const __m256i words = _mm256_maskz_loadu_epi16(there, x + 16 * part);
         const __m512 values = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-        __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
-        for (int i = 2; i >= 0; i--) {
-            _mm_store_si128((__m128i*)(stored[i] + 16 * part), _mm512_cvtepi32_epi8(fixed));
-            fixed = _mm512_srai_epi32(_mm512_add_epi32(fixed, _mm512_set1_epi32(128)), 8);  // less the byte, if signed
-        }
+        const __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
+        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(fixed, _mm512_set1_epi32(128)), 8);  // less byte 1
+        _mm_store_si128((__m128i*)(stored[0] + 16 * part), _mm512_cvtepi32_epi8(upper));
+        _mm_store_si128((__m128i*)(stored[1] + 16 * part), _mm512_cvtepi32_epi8(fixed));
     }
-    for (int i = 0; i < 3; i++) bytes[i] = _mm512_load_si512(stored[i]);
+    bytes[0] = _mm512_load_si512(stored[0]);
+    bytes[1] = _mm512_load_si512(stored[1]);
 }
 
 INLINE __m512i sums_of_four(__m512i bytes) {
     return _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
 }
 
-// What a factor of a row in fixed point is divided by; 0 for one that is not finite.
-INLINE __m512 inverse_of(float scale) { return _mm512_set1_ps(scale == scale ? 1.0f / scale : 0.0f); }
-
-INLINE float prepare_int4(const uint16_t* x, int64_t size, uint8_t* to) {
-    const float scale = fixed_scale(x, size);
-    const __m512 inverse = inverse_of(scale);
-    for (int64_t k = 0; k < size; k += 128, to += Line<kInt4>::kBytes) {
-        __m512i first[3], second[3], sum = _mm512_setzero_si512();
-        to_fixed(x + k, size - k, inverse, first);
-        to_fixed(x + k + 64, size - k - 64, inverse, second);
-        for (int i = 0; i < 3; i++) {
-            const auto evens = [](__m512i a, __m512i b) __attribute__((always_inline)) {
-                return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
-            };
-            const __m512i even = evens(first[i], second[i]);
-            const __m512i odd = evens(_mm512_srli_epi16(first[i], 8), _mm512_srli_epi16(second[i], 8));
-            _mm512_store_si512(to + 128 * i, even);
-            _mm512_store_si512(to + 128 * i + 64, odd);
-            sum = _mm512_slli_epi32(sum, 8);
-            sum = _mm512_add_epi32(sum, _mm512_add_epi32(sums_of_four(even), sums_of_four(odd)));
-        }
-        _mm512_store_si512(to + 384, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, 3)));
-    }
-    return scale;
+// Byte 0 and byte 1, each summed.
+INLINE __m512i combined(__m512i upper, __m512i lower) {
+    return _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
 }
 
-INLINE float prepare_int8(const uint16_t* x, int64_t size, uint8_t* to) {
-    const float scale = fixed_scale(x, size);
-    const __m512 inverse = inverse_of(scale);
-    for (int64_t k = 0; k < size; k += 64, to += Line<kInt8>::kBytes) {
-        __m512i bytes[3];
-        to_fixed(x + k, size - k, inverse, bytes);
-        for (int i = 0; i < 3; i++) _mm512_store_si512(to + 64 * i, bytes[i]);
-        const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(sums_of_four(bytes[0]), 8), sums_of_four(bytes[1]));
-        const auto start = [](__m512i sum) __attribute__((always_inline)) {
-            return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, 7));
-        };
-        _mm512_store_si512(to + 192, start(upper));
-        _mm512_store_si512(to + 256, start(sums_of_four(bytes[2])));
+INLINE __m512 inverse_of(float step) { return _mm512_set1_ps(step == step ? 1.0f / step : 0.0f); }
+
+INLINE __m512i even_bytes(__m512i first, __m512i second) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(first)), _mm512_cvtepi16_epi8(second), 1);
+}
+
+INLINE void prepare_int4(const uint16_t* x, int64_t size, uint8_t* to) {
+    for (int64_t k = 0; k < size; k += 128, to += Line<kInt4>::kBytes) {
+        const float step = fixed_step(x + k, at_most(size - k, 128));
+        __m512i first[2], second[2], sums[2];
+        to_fixed(x + k, size - k, inverse_of(step), first);
+        to_fixed(x + k + 64, size - k - 64, inverse_of(step), second);
+        for (int i = 0; i < 2; i++) {
+            const __m512i even = even_bytes(first[i], second[i]);
+            const __m512i odd = even_bytes(_mm512_srli_epi16(first[i], 8), _mm512_srli_epi16(second[i], 8));
+            _mm512_store_si512(to + 128 * i, even);
+            _mm512_store_si512(to + 128 * i + 64, odd);
+            sums[i] = _mm512_add_epi32(sums_of_four(even), sums_of_four(odd));
+        }
+        const __m512i sum = combined(sums[0], sums[1]);
+        _mm512_store_si512(to + 256, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, 3)));
+        std::memcpy(to + 320, &step, sizeof step);
     }
-    return scale;
+}
+
+INLINE void prepare_int8(const uint16_t* x, int64_t size, uint8_t* to) {
+    for (int64_t k = 0; k < size; k += 64, to += Line<kInt8>::kBytes) {
+        const float step = fixed_step(x + k, at_most(size - k, 64));
+        __m512i bytes[2];
+        to_fixed(x + k, size - k, inverse_of(step), bytes);
+        _mm512_store_si512(to, bytes[0]);
+        _mm512_store_si512(to + 64, bytes[1]);
+        const __m512i sum = combined(sums_of_four(bytes[0]), sums_of_four(bytes[1]));
+        _mm512_store_si512(to + 128, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, 7)));
+        std::memcpy(to + 192, &step, sizeof step);
+    }
 }
 
 // Place in a line of 64 words of the input that `decode_fp8` gives there.
@@ -137,10 +137,9 @@ INLINE void order_fp8(const uint16_t* codes, int64_t first, int64_t size, uint16
 // One row of activations, in zeroed memory; scales are one, or of FP8 in blocks one for 128 inputs.
 template <Format kFormat>
 INLINE void prepare_row(const Task& task, const uint16_t* x, uint8_t* to, float* scale, uint16_t* codes) {
-    if (kFormat == kInt4) {
-        scale[0] = prepare_int4(x, task.inputs, to);
-    } else if (kFormat == kInt8) {
-        scale[0] = prepare_int8(x, task.inputs, to);
+    if (kFormat == kInt4 || kFormat == kInt8) {
+        scale[0] = 1.0f;  // every line has its own
+        kFormat == kInt4 ? prepare_int4(x, task.inputs, to) : prepare_int8(x, task.inputs, to);
     } else if (kFormat == kFp8) {
         const int64_t size = task.is_block ? kBlock : task.inputs;
         for (int64_t k = 0; k < task.inputs; k += size) {
@@ -228,19 +227,17 @@ INLINE void multiply_int4(const Operands& of, float (*sums)[kRows]) {
             const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
             const __m512 scale =
                 kGroups ? group_scales<kGroups ? kGroups : 1>(scales + n * task.groups + group, task.groups - group)
-                        : _mm512_setzero_ps();
+                        : _mm512_set1_ps(1.0f);
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; r++) {
                 const uint8_t* x = of.x + r * of.x_bytes + line * Line<kInt4>::kBytes;
-                const __m512i zero = _mm512_setzero_si512();
                 const auto part = [&](__m512i start, int i) __attribute__((always_inline)) {
                     start = _mm512_dpbusd_epi32(start, even, _mm512_load_si512(x + 128 * i));
                     return _mm512_dpbusd_epi32(start, odd, _mm512_load_si512(x + 128 * i + 64));
                 };
-                const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(part(zero, 0), 8), part(zero, 1));
-                const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), part(_mm512_load_si512(x + 384), 2));
-                const __m512 value = _mm512_cvtepi32_ps(all);
-                sum[n][r] = kGroups ? _mm512_fmadd_ps(value, scale, sum[n][r]) : _mm512_add_ps(sum[n][r], value);
+                const __m512i all = combined(part(_mm512_setzero_si512(), 0), part(_mm512_load_si512(x + 256), 1));
+                const __m512 step = _mm512_set1_ps(*(const float*)(x + 320));
+                sum[n][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), _mm512_mul_ps(scale, step), sum[n][r]);
             }
         }
         if (kGroups > 1) group += kGroups;
@@ -254,7 +251,6 @@ template <int kOutputs, int kRows>
 INLINE void multiply_int8(const Operands& of, float (*sums)[kRows]) {
     const int64_t count = lines<kInt8>(*of.task), ahead = kOutputs * of.bytes > kAhead ? kOutputs * of.bytes : kAhead;
     const __m512i sign = _mm512_set1_epi8((char)0x80);
-    const __m512 unit = _mm512_set1_ps(256.0f);
     __m512 sum[kOutputs][kRows] = {};
     for (int64_t line = 0; line < count; line++) {
 #pragma GCC unroll 4
@@ -265,13 +261,10 @@ INLINE void multiply_int8(const Operands& of, float (*sums)[kRows]) {
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; r++) {
                 const uint8_t* x = of.x + r * of.x_bytes + line * Line<kInt8>::kBytes;
-                const __m512i zero = _mm512_setzero_si512();
-                const __m512i first = _mm512_dpbusd_epi32(zero, codes, _mm512_load_si512(x));
-                const __m512i second = _mm512_dpbusd_epi32(_mm512_load_si512(x + 192), codes, _mm512_load_si512(x + 64));
-                const __m512i third = _mm512_dpbusd_epi32(_mm512_load_si512(x + 256), codes, _mm512_load_si512(x + 128));
-                const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(first, 8), second);
-                sum[n][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), unit, sum[n][r]);
-                sum[n][r] = _mm512_add_ps(_mm512_cvtepi32_ps(third), sum[n][r]);
+                const __m512i upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_load_si512(x));
+                const __m512i lower = _mm512_dpbusd_epi32(_mm512_load_si512(x + 128), codes, _mm512_load_si512(x + 64));
+                const __m512 step = _mm512_set1_ps(*(const float*)(x + 192));
+                sum[n][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(combined(upper, lower)), step, sum[n][r]);
             }
         }
     }
