@@ -144,7 +144,7 @@ def _linear(format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, bi
     outputs, inputs = weight.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], outputs))
     num_rows = x.numel() // inputs
-    _call(format_, x, weight, scale, bias, _count(num_rows), y, (num_rows, 1, outputs, inputs))
+    _call(format_, x, weight, scale, bias, counts=_count(num_rows), y=y, sizes=(num_rows, 1, outputs, inputs))
     return y
 
 
@@ -161,7 +161,7 @@ def _grouped(format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, r
     if x.dim() != 2 or counts.shape != (experts,):
         raise ValueError(f"x is {list(x.shape)} and rows_per_expert {list(counts.shape)} for {experts} experts")
     y = x.new_empty((x.shape[0], outputs))
-    _call(format_, x, weight, scale, None, counts, y, (x.shape[0], experts, outputs, inputs))
+    _call(format_, x, weight, scale, None, counts=counts, y=y, sizes=(x.shape[0], experts, outputs, inputs))
     return y
 
 
@@ -171,6 +171,7 @@ def _call(
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    *,
     counts: Tensor,
     y: Tensor,
     sizes: tuple[int, int, int, int],
