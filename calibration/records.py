@@ -14,9 +14,10 @@ class CalibrationRecord:
         num_rows: rows of activations that the weight was fitted to; of an expert, the rows routed to it.
         num_prior_rows: rows of the layer's other tokens that were added with little weight.
         damp_percent: what was added to the Hessian's diagonal, as a part of its mean; None without a Hessian.
-        rounding_error: squared error of the outputs on these rows after rounding to nearest, as a part of the squared
-            outputs; None without rows.
+        rounding_error: squared error of the outputs on these rows after rounding to nearest, against the weight that
+            was to be (corrected for drift, with "best"), as a part of the squared outputs; None without rows.
         output_error: the same as stored.
+        num_rounded: outputs stored as rounded to nearest, since what the method found would have cost more.
         note: anything unusual.
     """
 
@@ -26,6 +27,7 @@ class CalibrationRecord:
     damp_percent: float | None = None
     rounding_error: float | None = None
     output_error: float | None = None
+    num_rounded: int = 0
     note: str = ""
 
 

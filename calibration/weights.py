@@ -231,15 +231,16 @@ class Weights(SourceWeights):
                     note=_NO_ROWS,
                 )
             else:
-                solved = solver.solve(original, scheme)
+                solved = solver.solve(original, scheme, rounded.unpack())
                 packed = solved.packed
                 record = CalibrationRecord(
                     method=self._method,
                     num_rows=moments.num_rows,
                     num_prior_rows=num_prior_rows,
                     damp_percent=solver.factored.damp_percent,
-                    rounding_error=solver.cost(original, dequantize_weight(rounded.unpack(), torch.float32)),
+                    rounding_error=solved.rounding_error,
                     output_error=solved.output_error,
+                    num_rounded=solved.num_rounded,
                     note=_FEW_ROWS if num_prior_rows else "",
                 )
         except QuantizationError as error:
