@@ -38,12 +38,14 @@ class SolvedWeight:
         output_error: squared error of the outputs on the rows seen, as a part of the squared outputs of the source's
             weight: of the stored weight against the one it was to be (the corrected one, if there was a correction).
         rounding_error: the same of the weight rounded to nearest.
+        squared_outputs: what both are a part of.
         num_rounded: outputs that are stored as rounded to nearest, since anything else would have cost more.
     """
 
     packed: PackedWeight
     output_error: float
     rounding_error: float
+    squared_outputs: float
     num_rounded: int
 
 
@@ -154,6 +156,7 @@ class Solver:
             ),
             output_error=error / total,
             rounding_error=plain / total,
+            squared_outputs=total,
             num_rounded=num_rounded,
         )
 
@@ -171,7 +174,7 @@ def _block_sums(cost_N: Tensor, height: int) -> Tensor:
     """Sums over the outputs that share scales, one for each output."""
     if height == 1:
         return cost_N
-    sums = [part.sum().expand(len(part)) for part in cost_N.split(height)]
+    sums = [part.sum().expand(len(part)) for part in torch.split(cost_N, height)]
     return torch.cat(sums)
 
 
