@@ -1,4 +1,4 @@
-"""The vision tower under calibration: what its weights are fitted to, that it helps, and that it goes on where it was."""
+"""The vision tower under calibration: what its weights are fitted to, that it helps, that it goes on where it was."""
 
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Watched:
 def test_sums_are_those_of_the_runtime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: str, algorithm: str
 ) -> None:
-    """gram = X^T X of what the quantized checkpoint's weights get in our runtime; every token of every tile is a row."""
+    """gram = X^T X of what the quantized checkpoint's weights get in our runtime; all tokens of all tiles are rows."""
     seen = collect_moments(monkeypatch)
     report = run(tmp_path / "out", pairs, algorithm)
     tiles = tiles_of(pairs)
