@@ -18,13 +18,13 @@ from llama4_quant.cli.options import (
 from llama4_quant.cli.progress import byte_progress
 from llama4_quant.runtime.loader import load, load_size
 from llama4_quant.runtime.pipeline import Pipeline
-from llama4_quant.runtime.sampling import GenerationSettings
+from llama4_quant.runtime.sampling import DEFAULT_PREFILL_CHUNK_SIZE, GenerationSettings
 
 RARE_MODEL_FLAGS = (
     *("--group-size", "--observer", "--quantize", "--ignore", "--dtype", "--revision"),
-    *("--kernel", "--lm-head", "--expert-cache"),
+    *("--kernel", "--lm-head", "--expert-cache", "--attention"),
 )
-RARE_SAMPLING_FLAGS = ("--presence-penalty", "--frequency-penalty")
+RARE_SAMPLING_FLAGS = ("--presence-penalty", "--frequency-penalty", "--prefill-chunk-size")
 
 _SAMPLING = (
     "max_new_tokens",
@@ -35,6 +35,7 @@ _SAMPLING = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "prefill_chunk_size",
 )
 
 
@@ -83,6 +84,13 @@ def sampling_options() -> Decorator:
             click.option("--presence-penalty", type=float, help="Taken off the logits of tokens in the answer."),
             click.option("--frequency-penalty", type=float, help="The same, as often as they are in the answer."),
             click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
+            click.option(
+                "--prefill-chunk-size",
+                type=int,
+                default=DEFAULT_PREFILL_CHUNK_SIZE,
+                show_default=True,
+                help="Tokens of a prompt that are computed at a time: bounds memory.",
+            ),
             click.option("--seed", default=0, show_default=True, help="Of the random numbers."),
         ]
     )

@@ -14,11 +14,14 @@ from llama4_quant.inspect import Inspection, inspect
 @click.argument("source", metavar="SRC")
 @click.option("--weights", is_flag=True, help="List every weight instead of a summary by role.")
 @click.option("--kernels", is_flag=True, help="Also show what would run the weights on this machine's processor.")
+@click.option("--context", type=int, metavar="TOKENS", help="Also show what the KV cache of so many tokens takes.")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @json_option
-def inspect_command(source: str, weights: bool, kernels: bool, revision: str | None, as_json: bool) -> None:
+def inspect_command(
+    source: str, weights: bool, kernels: bool, context: int | None, revision: str | None, as_json: bool
+) -> None:
     """Show what a checkpoint holds, BF16 or quantized: architecture, weights by role, bits per weight."""
-    found = inspect(source, kernels=kernels, revision=revision)
+    found = inspect(source, kernels=kernels, context=context, revision=revision)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found)))
         return

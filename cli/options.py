@@ -12,6 +12,7 @@ from llama4_quant.calibration.settings import Algorithm, Calibration, make_calib
 from llama4_quant.errors import UsageError
 from llama4_quant.formats.choice import DEFAULT_SCHEMES, choose_format
 from llama4_quant.ops import Kernel
+from llama4_quant.runtime.attention import Attention
 from llama4_quant.runtime.head import HeadFormat
 from llama4_quant.scheme import INT4_GROUP_SIZES, KVCacheScheme, Observer, Scheme, SchemeName, preset
 
@@ -185,7 +186,7 @@ kernel_option = click.option(
 )
 
 
-LOAD_SETTINGS = ("device", "dtype", "kernel", "lm_head", "offload", "expert_cache")
+LOAD_SETTINGS = ("device", "dtype", "attention", "kernel", "lm_head", "offload", "expert_cache")
 """What the options of `device_options` are called by `load` and `evaluate`."""
 
 
@@ -194,6 +195,13 @@ def device_options() -> Decorator:
     options = [
         click.option("--device", default="cpu", show_default=True, help="Where to run: cpu, cuda, cuda:1, ..."),
         click.option("--dtype", default="bfloat16", show_default=True, help="Computation: bfloat16, float16, float32."),
+        click.option(
+            "--attention",
+            type=click.Choice([kind.value for kind in Attention]),
+            default=Attention.SDPA.value,
+            show_default=True,
+            help="sdpa is torch's fused attention; eager is for checking.",
+        ),
         kernel_option,
         click.option(
             "--lm-head",

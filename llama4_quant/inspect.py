@@ -1,15 +1,18 @@
 """What is in a checkpoint, BF16 or quantized, as plain data: what `llama4-quant inspect` prints."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_headers
 from llama4_quant.config import Llama4Config, TextConfig, VisionConfig
+from llama4_quant.errors import UsageError
 from llama4_quant.ops import KernelCount
 from llama4_quant.plan import make_plan
+from llama4_quant.runtime.cache import cache_bytes
 from llama4_quant.runtime.model import Llama4Model
+from llama4_quant.runtime.sampling import DEFAULT_PREFILL_CHUNK_SIZE
 from llama4_quant.stored import quantization_section, quantized_weights
 
 
@@ -55,24 +58,29 @@ class Inspection:
     kernels: tuple[KernelCount, ...] = ()
 
 
-def inspect(source: str | Path, *, kernels: bool = False, revision: str | None = None) -> Inspection:
+def inspect(
+    source: str | Path, *, kernels: bool = False, context: int | None = None, revision: str | None = None
+) -> Inspection:
     """Read config.json and the headers of a checkpoint; no weights are read.
 
     Args:
         source: a local directory, or a Hub id.
         kernels: also say which backend would run its weights on this machine's processor in bfloat16. The first time
             that compiles the native kernels.
+        context: also say what the KV cache of so many tokens takes in bfloat16.
         revision: branch, tag or commit of a Hub id.
 
     Raises:
-        Llama4QuantError: not a Llama 4 checkpoint, or its tensors are not what config.json promises.
+        Llama4QuantError: not a Llama 4 checkpoint, or its tensors are not what config.json promises; a context below 1.
     """
+    if context is not None and context < 1:
+        raise UsageError(f"context is {context}, expected at least 1 token")
     with open_headers(str(source), revision) as reader:
         config = Llama4Config.from_dict(reader.config)
         weights = tuple(_weights(config, reader))
         return Inspection(
             source=str(source),
-            facts=_facts(config),
+            facts=(*_facts(config), *([] if context is None else [_cache_fact(config.text, context)])),
             roles=_count(weights),
             weights=weights,
             num_weights=sum(weight.num_weights for weight in weights),
@@ -139,6 +147,15 @@ def _facts(config: Llama4Config) -> tuple[tuple[str, str], ...]:
         *_text_facts(config.text),
     ]
     return (*facts, *(_vision_facts(config.vision) if config.vision else [("vision", "none")]))
+
+
+def _cache_fact(text: TextConfig, context: int) -> tuple[str, str]:
+    predicted = cache_bytes(text, context, prefill_chunk_size=DEFAULT_PREFILL_CHUNK_SIZE)
+    naive = cache_bytes(replace(text, attention_chunk_size=None), context)
+    return (
+        f"KV cache, {context:,} tokens",
+        f"{predicted:,} bytes ({predicted / naive:.0%} of one that forgets nothing)",
+    )
 
 
 def _text_facts(text: TextConfig) -> list[tuple[str, str]]:

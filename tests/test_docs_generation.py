@@ -40,7 +40,7 @@ def test_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In order, as one program."""
     names: dict[str, Any] = {}
     programs = _blocks("python")
-    assert len(programs) == 5
+    assert len(programs) == 6
     for program in programs:
         exec(compile(program, "docs/generation.md", "exec"), names)
         assert capsys.readouterr().out.strip()

@@ -28,6 +28,7 @@ def evaluate(
     batch_size: int = 1,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.bfloat16,
+    attention: str = "sdpa",
     kernel: str = "auto",
     lm_head: str | None = None,
     offload: str | None = None,
@@ -47,6 +48,7 @@ def evaluate(
         batch_size: windows per forward pass.
         device: where both models go.
         dtype: compute dtype of both models.
+        attention: of both models, as for `load`.
         kernel: what multiplies with the weights of both models, as for `load`.
         lm_head: quantize the head of `model` while loading: "int8" or "int4".
         offload: leave routed experts of both models in the file, as for `load`.
@@ -60,7 +62,8 @@ def evaluate(
     folder = resolve(str(model), revision)
     windows_WL = text_windows(folder, Path(text), seq_length=seq_length, num_windows=num_windows)
     shared: dict[str, Any] = {
-        "device": device, "dtype": dtype, "kernel": kernel, "offload": offload, "expert_cache": expert_cache,
+        "device": device, "dtype": dtype, "attention": attention, "kernel": kernel, "offload": offload,
+        "expert_cache": expert_cache,
     }  # fmt: skip
     compared = None
     if reference is not None:

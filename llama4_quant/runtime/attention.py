@@ -14,9 +14,10 @@ padding. Shape letters: B batch, D head dimension, G key-value heads, H query he
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -38,20 +39,25 @@ class Attention(StrEnum):
     """Matrix products and a softmax in fp32, for reading and for checking."""
 
 
+MASK_ELEMENTS = 1 << 24
+"""Of a mask, and of the scores under it, per row of the batch: queries are taken in blocks that have no more."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """Queries in columns [start, stop) and the keys they see, in columns [key_start, stop).
 
     Attributes:
         is_causal: queries and keys are the same columns and each query sees the keys up to its own.
-        visible: bool [B or 1, 1, queries, keys], or None: every key is visible, or `is_causal` says which.
+        visible: makes a mask, bool [B or 1, 1, queries, keys]; None: every key is visible, or `is_causal` says which.
+            Where masks of a step are small it has been made before; else each layer makes it when it comes to it.
     """
 
     start: int
     stop: int
     key_start: int
     is_causal: bool = False
-    visible: Tensor | None = None
+    visible: Callable[[], Tensor] | None = None
 
 
 def plan_segments(
@@ -69,27 +75,49 @@ def plan_segments(
     if any(padding):
         # Not after `past`: queries that are padding see themselves.
         key_start = min(past, *(first_visible_column(pad, past, chunk_size) for pad in padding))
-        return (_masked(padding, past, past + new, key_start, chunk_size, device),)
+        return _masked(padding, past, past + new, key_start, chunk_size, device)
     borders = [past, past + new]
     if chunk_size is not None:
         first_border = (past // chunk_size + 1) * chunk_size
         borders = [past, *range(first_border, past + new, chunk_size), past + new]
-    return tuple(_unpadded(start, stop, chunk_size, device) for start, stop in pairwise(borders))
+    return tuple(segment for start, stop in pairwise(borders) for segment in _unpadded(start, stop, chunk_size, device))
 
 
-def _unpadded(start: int, stop: int, chunk_size: int | None, device: torch.device) -> Segment:
+def _unpadded(start: int, stop: int, chunk_size: int | None, device: torch.device) -> tuple[Segment, ...]:
     """One chunk's part of the new columns, or all of them."""
     key_start = first_visible_column(0, start, chunk_size)
     if stop - start == 1:
-        return Segment(start=start, stop=stop, key_start=key_start)
+        return (Segment(start=start, stop=stop, key_start=key_start),)
     if start == key_start:
-        return Segment(start=start, stop=stop, key_start=key_start, is_causal=True)
+        return (Segment(start=start, stop=stop, key_start=key_start, is_causal=True),)
     return _masked((0,), start, stop, key_start, chunk_size, device)
 
 
 def _masked(
     padding: Sequence[int], start: int, stop: int, key_start: int, chunk_size: int | None, device: torch.device
-) -> Segment:
+) -> tuple[Segment, ...]:
+    """Blocks of queries that need a mask, none of them of more than MASK_ELEMENTS."""
+    size = max(1, MASK_ELEMENTS // (stop - key_start))
+    is_small = stop - start <= size
+    blocks = []
+    for first in range(start, stop, size):
+        last = min(first + size, stop)
+        make: Callable[[], Tensor] = partial(_mask, tuple(padding), (first, last), key_start, chunk_size, device)
+        if is_small:
+            make = partial(_give, make())
+        blocks.append(Segment(start=first, stop=last, key_start=key_start, visible=make))
+    return tuple(blocks)
+
+
+def _give(mask: Tensor) -> Tensor:
+    return mask
+
+
+def _mask(
+    padding: Sequence[int], columns: tuple[int, int], key_start: int, chunk_size: int | None, device: torch.device
+) -> Tensor:
+    """Which keys [key_start, stop) the queries in columns [start, stop) see: bool [B or 1, 1, queries, keys]."""
+    start, stop = columns
     queries = torch.arange(start, stop, device=device).view(1, -1, 1)
     keys = torch.arange(key_start, stop, device=device).view(1, 1, -1)
     pad = torch.tensor(padding, device=device).view(-1, 1, 1)
@@ -99,7 +127,7 @@ def _masked(
     # A query that is padding has nothing to see; let it see itself, for a softmax over nothing is NaN. No real query
     # sees a padding key, so its result goes nowhere.
     visible |= keys == queries
-    return Segment(start=start, stop=stop, key_start=key_start, visible=visible.unsqueeze(1))
+    return visible.unsqueeze(1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +185,12 @@ def attend(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> Tensor:
     return functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=segment.visible, is_causal=segment.is_causal, enable_gqa=True
+        q,
+        k,
+        v,
+        attn_mask=None if segment.visible is None else segment.visible(),
+        is_causal=segment.is_causal,
+        enable_gqa=True,
     )
 
 
@@ -165,7 +198,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> Tensor:
     queries_per_key = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(queries_per_key, dim=1), v.repeat_interleave(queries_per_key, dim=1)
     scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])
-    visible = segment.visible
+    visible = None if segment.visible is None else segment.visible()
     if segment.is_causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if visible is not None:

@@ -1,8 +1,10 @@
 """Keys and values of tokens already computed.
 
-Each layer keeps one buffer [B, G, capacity, D] that grows by doubling. Columns count along the padded sequence. A RoPE
-layer attends to the current chunk only, so once a chunk is behind every row of the batch its columns are forgotten:
-with a context much longer than `attention_chunk_size`, three layers of four hold no more than about one chunk.
+Each layer keeps one buffer [B, G, capacity, D]. Columns count along the padded sequence. A RoPE layer attends to the
+current chunk only, so once a chunk is behind every row of the batch its columns are forgotten: with a context much
+longer than `attention_chunk_size`, three layers of four hold no more than one chunk and what is computed at a time.
+Buffers of layers that see everything grow by doubling where it is not known ahead how long they get; how large all of
+them are at any time is what `Capacity` says, which `cache_bytes` asks without allocating anything.
 
 Shape letters: B batch, D head dimension, G key-value heads, S columns kept, T new columns.
 """
@@ -44,14 +46,62 @@ def first_visible_column(padding: int, column: int, chunk_size: int | None) -> i
     return padding + max(0, column - padding) // chunk_size * chunk_size
 
 
+GROWTH = 256
+"""Columns by which buffers of chunked layers grow."""
+
+
+@dataclass(slots=True)
+class Capacity:
+    """How many columns a layer's buffer has room for, as columns come and go.
+
+    Attributes:
+        chunk_size: of a layer that forgets, or None.
+        least: never less; room from the start.
+        columns: the present room.
+        first: the oldest column kept.
+    """
+
+    chunk_size: int | None
+    least: int
+    columns: int = 0
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        self.least = min(self.least, self.chunk_size or self.least)
+        self.columns = self.least
+
+    def make_room(self, length: int) -> bool:
+        """Have room for columns up to `length`; whether there has to be a larger buffer."""
+        needed = length - self.first
+        if needed <= self.columns:
+            return False
+        self.columns = max(needed, 2 * self.columns) if self.chunk_size is None else -(-needed // GROWTH) * GROWTH
+        return True
+
+    def forget_before(self, column: int, length: int) -> bool:
+        """Keep the columns from `column` on of `length`; whether the buffer changes."""
+        if column <= self.first:
+            return False
+        self.first, self.columns = column, max(length - column, self.least)
+        return True
+
+
 class LayerCache:
     """Keys and values of one layer, for columns from `first` on."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.first = 0
-        self._min_capacity = shape[2]
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(
+        self, shape: tuple[int, int, int], capacity: Capacity, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Allocate; `shape` is [B, G, D]."""
+        batch, heads, dim = shape
+        self._capacity = capacity
+        self._keys = torch.empty((batch, heads, capacity.columns, dim), dtype=dtype, device=device)
         self._values = torch.empty_like(self._keys)
+
+    @property
+    def first(self) -> int:
+        """The oldest column kept."""
+        return self._capacity.first
 
     @property
     def num_bytes(self) -> int:
@@ -70,23 +120,21 @@ class LayerCache:
             Views of the keys and values [B, G, S, D] kept, new ones included.
         """
         start, stop = past - self.first, past - self.first + keys.shape[2]
-        capacity = self._keys.shape[2]
-        if stop > capacity:
-            self._move(slice(0, start), max(stop, 2 * capacity))
+        if self._capacity.make_room(past + keys.shape[2]):
+            self._move(slice(0, start))
         self._keys[:, :, start:stop] = keys
         self._values[:, :, start:stop] = values
         return self._keys[:, :, :stop], self._values[:, :, :stop]
 
     def forget_before(self, column: int, length: int) -> None:
         """Drop the columns before `column` of `length` columns, and the memory that only they needed."""
-        if column <= self.first:
-            return
-        self._move(slice(column - self.first, length - self.first), max(length - column, self._min_capacity))
-        self.first = column
+        first = self.first
+        if self._capacity.forget_before(column, length):
+            self._move(slice(column - first, length - first))
 
-    def _move(self, kept: slice, capacity: int) -> None:
-        self._keys = _moved(self._keys, kept, capacity)
-        self._values = _moved(self._values, kept, capacity)
+    def _move(self, kept: slice) -> None:
+        self._keys = _moved(self._keys, kept, self._capacity.columns)
+        self._values = _moved(self._values, kept, self._capacity.columns)
 
 
 def _moved(buffer: Tensor, kept: slice, capacity: int) -> Tensor:
@@ -112,12 +160,10 @@ class KVCache:
         """Allocate room for `capacity` columns per row; more is allocated when needed."""
         self.length = 0
         self.padding = (0,) * batch_size
-        self._chunk_sizes = [config.attention_chunk_size if uses_rope else None for uses_rope in config.rope_layers]
+        self._chunk_sizes = _chunk_sizes(config)
         self.layers = tuple(
             LayerCache(
-                (batch_size, config.num_key_value_heads, min(capacity, chunk_size or capacity), config.head_dim),
-                dtype,
-                device,
+                (batch_size, config.num_key_value_heads, config.head_dim), Capacity(chunk_size, capacity), dtype, device
             )
             for chunk_size in self._chunk_sizes
         )
@@ -160,3 +206,42 @@ class KVCache:
             return False
         self.length = length
         return True
+
+
+def cache_bytes(
+    config: TextConfig,
+    num_tokens: int,
+    *,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    prefill_chunk_size: int | None = None,
+    capacity: int | None = None,
+) -> int:
+    """The most bytes that a cache has allocated while `num_tokens` columns without padding go in.
+
+    Args:
+        config: the decoder.
+        num_tokens: columns.
+        batch_size: rows.
+        dtype: of keys and values.
+        prefill_chunk_size: columns computed at a time, counted from the first; None for all at once.
+        capacity: as given to `KVCache`; None for `num_tokens`.
+
+    While a buffer grows, the old one is there too; with enough `capacity` none does but those of chunked layers.
+    """
+    step = prefill_chunk_size or max(1, num_tokens)
+    layers = [Capacity(chunk_size, capacity or num_tokens) for chunk_size in _chunk_sizes(config)]
+    most = sum(layer.columns for layer in layers)
+    for start in range(0, num_tokens, step):
+        length = min(start + step, num_tokens)
+        for layer in layers:
+            layer.make_room(length)
+        most = max(most, sum(layer.columns for layer in layers))
+        for layer in layers:
+            if layer.chunk_size is not None:
+                layer.forget_before(first_visible_column(0, length, layer.chunk_size), length)
+    return 2 * most * batch_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def _chunk_sizes(config: TextConfig) -> list[int | None]:
+    return [config.attention_chunk_size if uses_rope else None for uses_rope in config.rope_layers]

@@ -156,12 +156,12 @@ class TokenStream(Iterator[Tensor]):
     @torch.inference_mode()
     def _step(self) -> Tensor:
         if self._last is None:
-            logits = self._model(
+            logits = self._model.prefill(
                 self._prompt[:, self._num_cached :],
                 pixel_values=self._pixel_values,
                 attention_mask=self._attention_mask,
                 cache=self.cache,
-                logits=Logits.LAST,
+                chunk_size=self._settings.prefill_chunk_size,
             )
         else:
             logits = self._model(self._last[:, None], cache=self.cache, logits=Logits.LAST)

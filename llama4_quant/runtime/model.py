@@ -20,8 +20,9 @@ Shape letters: B batch, H hidden, T new tokens, V vocabulary.
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -232,14 +233,66 @@ class Llama4Model(nn.Module):
         Raises:
             UsageError: shapes do not fit, padding not on the left, or image tokens and tiles do not match.
         """
+        images = self._place_images(input_ids, pixel_values)
+        x_BTH = self._hidden(input_ids, images, attention_mask, cache)
+        return self._head(x_BTH if Logits(logits) is Logits.ALL else x_BTH[:, -1:])
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: KVCache,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Compute a prompt into a cache, some columns at a time, so that memory does not grow with its length.
+
+        Args:
+            input_ids: as for `forward`.
+            cache: for the prompt's columns, behind those that it has.
+            pixel_values: as for `forward`, of the whole prompt.
+            attention_mask: as for `forward`.
+            chunk_size: columns at a time; chunks end at its multiples. None: all at once.
+
+        Returns:
+            Logits of the last position, [B, 1, V].
+
+        Raises:
+            UsageError: as of `forward`; or a chunk size below 1.
+        """
+        if chunk_size is not None and chunk_size < 1:
+            raise UsageError(f"prefill_chunk_size is {chunk_size}, expected at least 1")
+        _padding(input_ids, attention_mask, cache)  # before the first chunk
+        images, past, num_columns = self._place_images(input_ids, pixel_values), cache.length, input_ids.shape[1]
+        mask = None if attention_mask is None else attention_mask[:, -num_columns:]
+        step = chunk_size or num_columns
+        borders = [past, *range((past // step + 1) * step, past + num_columns, step), past + num_columns]
+        for start, stop in pairwise(border - past for border in borders):
+            chunk = slice(start, stop)
+            x_BTH = self._hidden(
+                input_ids[:, chunk],
+                None if images is None else images.columns(chunk),
+                None if mask is None else mask[:, chunk],
+                cache,
+            )
+        return self._head(x_BTH[:, -1:])
+
+    def _hidden(
+        self, input_ids: Tensor, images: "_Images | None", attention_mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Normalized hidden states [B, T, H]; the cache has them then."""
         padding = _padding(input_ids, attention_mask, cache)
-        x_BTH = self._embed(input_ids, pixel_values)
+        x_BTH: Tensor = self.model.embed_tokens(input_ids)
+        if images is not None:
+            x_BTH = images.put_into(x_BTH)
         x_BTH = self.model(x_BTH, padding, cache)
         if cache is not None:
             cache.advance(input_ids.shape[1], padding)
-        if Logits(logits) is Logits.LAST:
-            # Contiguous, or torch's linear makes a copy of the head for every row.
-            x_BTH = x_BTH[:, -1:].contiguous()
+        return x_BTH
+
+    def _head(self, x_BTH: Tensor) -> Tensor:
+        x_BTH = x_BTH.contiguous()  # or torch's linear makes a copy of the head for every row
         if self.lm_head is None:
             return functional.linear(x_BTH, self.model.embed_tokens.weight)
         logits_BTV: Tensor = self.lm_head(x_BTH)
@@ -271,10 +324,9 @@ class Llama4Model(nn.Module):
         features: Tensor = self.multi_modal_projector(self.vision_model(tiles).flatten(0, 1))
         return features
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        x_BTH: Tensor = self.model.embed_tokens(input_ids)
+    def _place_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> "_Images | None":
         if pixel_values is None:
-            return x_BTH
+            return None
         features = self.image_features(pixel_values)
         assert self.config.image_token_index is not None
         is_image_BT = torch.eq(input_ids, self.config.image_token_index)
@@ -284,7 +336,25 @@ class Llama4Model(nn.Module):
                 f"input_ids have {num_places} image tokens, but {pixel_values.shape[0]} tiles make {features.shape[0]} "
                 "features; pass the tiles of exactly these image tokens"
             )
-        return x_BTH.masked_scatter(is_image_BT.unsqueeze(-1), features)
+        return _Images(features=features, is_image_BT=is_image_BT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Images:
+    """Image features [places, H], and the columns where they go, row by row."""
+
+    features: Tensor
+    is_image_BT: Tensor
+
+    def columns(self, chunk: slice) -> "_Images":
+        """Those of some columns."""
+        number_BT = self.is_image_BT.flatten().cumsum(0).view(self.is_image_BT.shape) - 1
+        is_image_BT = self.is_image_BT[:, chunk]
+        return _Images(features=self.features[number_BT[:, chunk][is_image_BT]], is_image_BT=is_image_BT)
+
+    def put_into(self, x_BTH: Tensor) -> Tensor:
+        """Embeddings with the features in their places."""
+        return x_BTH.masked_scatter(self.is_image_BT.unsqueeze(-1), self.features)
 
 
 def materialize(root: nn.Module, device: torch.device | str) -> None:

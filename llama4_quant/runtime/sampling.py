@@ -24,6 +24,9 @@ _NUCLEUS = 1024
 """Tokens among which those of `top_p` are looked for first."""
 
 
+DEFAULT_PREFILL_CHUNK_SIZE = 2048
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationSettings:
     """What to generate and when to stop.
@@ -41,6 +44,8 @@ class GenerationSettings:
         stop: texts that end a row; its text ends before them.
         seed: of the random numbers; the same seed, prompt and row number give the same text.
         eos_token_ids: tokens that end a row; None for those of the model's config.json.
+        prefill_chunk_size: columns of a prompt that are computed at a time, which bounds memory and changes nothing
+            else but the order of some sums; None for all at once.
         pad_token_id: what an ended row is filled with; None for the model's, or else its first eos token.
         logprobs: also give the log-probability of every chosen token.
     """
@@ -57,6 +62,7 @@ class GenerationSettings:
     seed: int = 0
     eos_token_ids: tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    prefill_chunk_size: int | None = DEFAULT_PREFILL_CHUNK_SIZE
     logprobs: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +70,8 @@ class GenerationSettings:
             f"max_new_tokens is {self.max_new_tokens}, expected at least 1": self.max_new_tokens >= 1,
             f"temperature is {self.temperature}, expected 0 (greedy) to 100": 0 <= self.temperature <= 100,
             f"top_k is {self.top_k}, expected at least 1": self.top_k is None or self.top_k >= 1,
+            f"prefill_chunk_size is {self.prefill_chunk_size}, expected at least 1": self.prefill_chunk_size is None
+            or self.prefill_chunk_size >= 1,
             f"top_p is {self.top_p}, expected above 0 and at most 1": 0 < self.top_p <= 1,
             f"min_p is {self.min_p}, expected 0 to 1": 0 <= self.min_p <= 1,
             f"repetition_penalty is {self.repetition_penalty}, expected 0.01 to 100; 1 is none": (

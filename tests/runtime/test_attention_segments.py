@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llama4_quant.runtime import attention
 from llama4_quant.runtime.attention import Attention, Segment, attend, plan_segments, query_temperature
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def _from_segments(segments: tuple[Segment, ...], rows: int, past: int, new: int
             assert num_queries == num_keys
             part = part.tril()
         if segment.visible is not None:
-            part &= segment.visible.squeeze(1)
+            part &= segment.visible().squeeze(1)
         visible[:, segment.start - past : segment.stop - past, segment.key_start : segment.stop] = part
     return visible
 
@@ -46,6 +47,21 @@ def test_segments_say_what_the_definition_says(padding: list[int], past: int, ne
     assert [segment.start for segment in segments] == [past, *(segment.stop for segment in segments[:-1])]
     assert segments[-1].stop == past + new
     assert torch.equal(_from_segments(segments, len(padding), past, new), _defined(padding, past, new, chunk))
+
+
+@given(PADDINGS, st.integers(0, 20), st.integers(1, 20), st.one_of(st.none(), st.integers(1, 9)), st.integers(1, 64))
+@settings(max_examples=200, deadline=None)
+def test_masks_come_in_blocks_of_a_bounded_size(
+    padding: list[int], past: int, new: int, chunk: int | None, most: int
+) -> None:
+    padding = [min(pad, past + new) for pad in padding]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "MASK_ELEMENTS", most)
+        segments = plan_segments(padding, past, new, chunk, CPU)
+    assert torch.equal(_from_segments(segments, len(padding), past, new), _defined(padding, past, new, chunk))
+    for segment in segments:
+        if segment.visible is not None:
+            assert segment.visible()[0].numel() <= max(most, past + new)  # a query at least
 
 
 def test_unpadded_prefill_and_decode_need_no_mask() -> None:

@@ -11,7 +11,7 @@ from llama4_quant.config import Llama4Config
 from llama4_quant.errors import UsageError
 from llama4_quant.runtime.generate import Generation, TokenStream, _pad_token_id, generate
 from llama4_quant.runtime.model import Llama4Model
-from llama4_quant.runtime.sampling import GenerationSettings
+from llama4_quant.runtime.sampling import DEFAULT_PREFILL_CHUNK_SIZE, GenerationSettings
 from llama4_quant.runtime.timing import FinishReason
 
 EOS, PAD, VOCABULARY = 7, 9, 10
@@ -28,6 +28,9 @@ class CountingModel:
 
     def new_cache(self, batch_size: int, capacity: int) -> tuple[int, int]:
         return (batch_size, capacity)
+
+    def prefill(self, input_ids: Tensor, **options: object) -> Tensor:
+        return self(input_ids, **options)
 
     def __call__(self, input_ids: Tensor, **options: object) -> Tensor:
         self.calls.append({"input_ids": input_ids, **options})
@@ -147,6 +150,7 @@ def test_prefill_once_then_one_token_a_call() -> None:
     assert torch.equal(prefill["input_ids"], prompt)
     assert prefill["attention_mask"] is mask
     assert prefill["pixel_values"] is pixels
+    assert prefill["chunk_size"] == DEFAULT_PREFILL_CHUNK_SIZE
     assert [call["input_ids"].tolist() for call in decode] == [[[4]], [[5]], [[6]]]
     assert all("pixel_values" not in call and call["cache"] is prefill["cache"] for call in decode)
 

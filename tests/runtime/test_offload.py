@@ -9,7 +9,7 @@ from checkpoints import make_checkpoint, text_config
 
 from llama4_quant import convert
 from llama4_quant.errors import UsageError
-from llama4_quant.ops import Kernel
+from llama4_quant.ops import Kernel, native
 from llama4_quant.runtime import Llama4Model
 from llama4_quant.runtime.expert_store import CachedExperts, MappedExperts
 from llama4_quant.runtime.experts import MixtureOfExperts
@@ -42,14 +42,20 @@ def logits(model: Llama4Model) -> torch.Tensor:
     return torch.cat(found, dim=1)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [("bfloat16", "reference"), ("float32", "reference"), ("bfloat16", "native")]
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_logits_are_those_of_the_model_in_memory(folders: dict[str, Path], scheme: str, dtype: str) -> None:
+def test_logits_are_those_of_the_model_in_memory(
+    folders: dict[str, Path], scheme: str, dtype: str, kernel: str
+) -> None:
+    if kernel == "native" and native.probe() is not None:
+        pytest.skip(f"no compiled kernels: {native.probe()}")
     folder = folders[scheme]
     # The order of a matrix product's sums is the kernel's affair: the same kernel for both.
-    expected = logits(load(folder, dtype=dtype, kernel="reference"))
+    expected = logits(load(folder, dtype=dtype, kernel=kernel))
     for expert_cache in (None, "200KB", "10MiB"):
-        model = load(folder, dtype=dtype, kernel="reference", offload="experts", expert_cache=expert_cache)
+        model = load(folder, dtype=dtype, kernel=kernel, offload="experts", expert_cache=expert_cache)
         assert isinstance(model.expert_store, CachedExperts if expert_cache or scheme == "BF16" else MappedExperts)
         assert torch.equal(logits(model), expected)
 
