@@ -53,6 +53,11 @@ class Sample:
     pixel_values: Tensor | None = None
     num_images: int = 0
 
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all images."""
+        return 0 if self.pixel_values is None else len(self.pixel_values)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationSettings:
@@ -95,6 +100,7 @@ class CorpusDescription:
     num_samples: int
     num_tokens: int
     num_images: int
+    num_tiles: int
     max_seq_length: int
     seed: int
     fingerprint: str
@@ -153,12 +159,13 @@ class Corpus:
     def _describe(self) -> CorpusDescription:
         settings = self._settings
         digest = hashlib.sha256()
-        num_samples = num_tokens = num_images = 0
+        num_samples = num_tokens = num_images = num_tiles = 0
         for sample in self.samples():
             _add(digest, sample)
             num_samples += 1
             num_tokens += len(sample.input_ids)
             num_images += sample.num_images
+            num_tiles += sample.num_tiles
         if num_samples == 0:
             raise self._too_little()
         return CorpusDescription(
@@ -166,6 +173,7 @@ class Corpus:
             num_samples=num_samples,
             num_tokens=num_tokens,
             num_images=num_images,
+            num_tiles=num_tiles,
             max_seq_length=settings.max_seq_length,
             seed=settings.seed,
             fingerprint=self._fingerprint(digest.hexdigest()),

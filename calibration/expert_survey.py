@@ -169,6 +169,7 @@ class Survey:
             write_embeddings(streams, lambda: corpus.samples(start, stop), self._plan, self._reader, None)
 
         passing.run(Sequences(lengths=lengths), embed)
+        counts.keep_nothing_else()
         return torch.stack([counts.read(layer) for layer in text.moe_layers], dim=1)
 
 
@@ -192,6 +193,12 @@ class _Counts:
         """The counts [S, E] of a layer."""
         with self._file(layer) as file:
             return file.read(slice(0, len(self._lengths))).to(torch.int64)
+
+    def keep_nothing_else(self) -> None:
+        """Give back the disk that hidden states take; all layers are counted."""
+        for path in self._folder.glob("*.rows"):
+            if not path.name.startswith("counts-"):
+                path.unlink()
 
     def _file(self, layer: int) -> RowFile:
         return RowFile(self._folder / f"counts-{layer}.rows", len(self._lengths), self._num_experts)

@@ -218,11 +218,6 @@ def _refit_outputs(weight_KN: Tensor, codes_KN: Tensor, gram_KK: Tensor, scale_G
     return torch.where(usable_GN, found_GN, scale_GN)
 
 
-def output_error(difference_KN: Tensor, gram_KK: Tensor) -> float:
-    """`tr(D H D^T)` for a transposed difference of weights D: the squared error of outputs on the inputs of H."""
-    return float((difference_KN * (gram_KK @ difference_KN)).sum(dtype=torch.float64))
-
-
 def _in_own_order(rows_KN: Tensor, order_K: Tensor) -> Tensor:
     return torch.empty_like(rows_KN).index_copy_(0, order_K, rows_KN)
 

@@ -7,9 +7,6 @@ Shape letters: E experts, H hidden, I intermediate, K in, N out, R rows, T token
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -18,25 +15,15 @@ from torch.nn import functional
 from llama4_quant.calibration.cache_scales import CacheCalibration, largest_magnitudes, scales_of
 from llama4_quant.calibration.decoder import DecoderMath, as_quantized_inputs, fast_matmul, swiglu
 from llama4_quant.calibration.hessian import Moments
+from llama4_quant.calibration.pieces import ATTENTION_ROWS, Inputs, InputsOf, Pieces
 from llama4_quant.calibration.records import CacheScaleRecord
 from llama4_quant.calibration.routing import ExpertRows, Routing, route
 from llama4_quant.calibration.rows import RowFile, row_chunks
 from llama4_quant.calibration.streams import Sequences, StreamFiles, Streams
 from llama4_quant.calibration.weights import Pair, SourceWeights
-from llama4_quant.scheme import WeightScheme
-
-_ATTENTION_ROWS = 4096
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """Some rows of a layer's inputs in both models; `original` is the same tensor where only one model runs."""
-
-    quantized: Tensor
-    original: Tensor
-
-
-class LayerPass:
+class LayerPass(Pieces):
     """Calibrates one layer and writes the hidden states after it."""
 
     def __init__(
@@ -63,9 +50,9 @@ class LayerPass:
             cache: scales of an FP8 KV cache, if the conversion has one.
             done: called with a weight's name and the source bytes that are done now.
         """
+        super().__init__(weights, files, done)
         self._layer, self._base = layer, base
-        self._maths, self._weights, self._files = maths, weights, files
-        self._sequences, self._cache, self._done = sequences, cache, done
+        self._maths, self._sequences, self._cache = maths, sequences, cache
         self.cache: CacheScaleRecord | None = None
         """Scales of the layer's KV cache, if it has some."""
         self.routing: Routing | None = None
@@ -98,8 +85,8 @@ class LayerPass:
             self.cache = self._cache.scales(
                 self._layer, lambda: self._cache_ranges(before, gain, [pairs[name] for name in names[1:]], biases[1:])
             )
-        with self._scratch(before, "context", width) as context:
-            for rows, length in self._sequences.batches(_ATTENTION_ROWS):
+        with self._scratch("context", width) as context:
+            for rows, length in self._sequences.batches(ATTENTION_ROWS):
                 inputs = normed(rows)
                 for file, x_RH, side in self._sides(context, inputs):
                     projected = self._project(pairs, x_RH, side, biases)
@@ -114,7 +101,7 @@ class LayerPass:
         """Largest magnitudes of the quantized model's keys and values, as they are cached, over all tokens."""
         scheme = self._weights.scheme(f"{self._base}.self_attn.k_proj")
         largest: list[Tensor] = []
-        for rows, length in self._sequences.batches(_ATTENTION_ROWS):
+        for rows, length in self._sequences.batches(ATTENTION_ROWS):
             x_RH = as_quantized_inputs(self._maths.norm(before.quantized.read(rows), gain), scheme)
             with fast_matmul(x_RH.device):
                 projected = [
@@ -133,18 +120,13 @@ class LayerPass:
         def normed(rows: slice) -> Inputs:
             return self._both(after, rows, lambda x_RH: self._maths.norm(x_RH, gain))
 
-        with self._scratch(after, "inner", self._maths.config.intermediate_size_mlp) as inner:
+        with self._scratch("inner", self._maths.config.intermediate_size_mlp) as inner:
             self._gate_up(base, normed, inner)
             self._write_to_residual(f"{base}.down_proj", inner, after, after)
 
-    def _gate_up(self, base: str, inputs: Callable[[slice], Inputs], inner: Streams) -> None:
+    def _gate_up(self, base: str, inputs: InputsOf, inner: Streams) -> None:
         """Quantize gate and up of an MLP that all tokens take, and write what its down_proj gets."""
-        names = [f"{base}.gate_proj", f"{base}.up_proj"]
-        pairs = self._quantize(names, self._moments(names, inner.quantized.chunks(), inputs))
-        for rows in inner.quantized.chunks():
-            given = inputs(rows)
-            for file, x_RH, side in self._sides(inner, given):
-                file.write(rows, self._inner(pairs, x_RH, side))
+        self._through([f"{base}.gate_proj", f"{base}.up_proj"], inputs, inner, lambda outputs: swiglu(*outputs))
 
     def _inner(self, gate_up: dict[str, Pair], x_RH: Tensor, side: str) -> Tensor:
         """What down_proj gets."""
@@ -158,13 +140,13 @@ class LayerPass:
         gain = self._kept(f"{self._base}.post_attention_layernorm.weight")
         base = f"{self._base}.feed_forward"
         config = self._maths.config
-        with self._scratch(after, "normed", config.hidden_size) as normed:
+        with self._scratch("normed", config.hidden_size) as normed:
             for rows in normed.quantized.chunks():
                 given = self._both(after, rows, lambda x_RH: self._maths.norm(x_RH, gain))
                 for file, x_RH, _ in self._sides(normed, given):
                     file.write(rows, x_RH)
             self.routing = routing = self._route(normed)
-            with self._scratch(after, "inner", config.intermediate_size) as inner:
+            with self._scratch("inner", config.intermediate_size) as inner:
                 self._gate_up(f"{base}.shared_expert", lambda rows: self._both(normed, rows), inner)
                 self._write_to_residual(f"{base}.shared_expert.down_proj", inner, after, after)
             with self._files.scratch("wanted", config.hidden_size) as wanted:
@@ -268,76 +250,10 @@ class LayerPass:
             (y_RH,) = self._project(down, self._inner(gate_up, scored_RH, side), side)
             residual.scatter(tokens[part], residual.gather(tokens[part]) + y_RH)
 
-    # What the pieces share -------------------------------------------------------------------------------------------
+    # What is the decoder's own ---------------------------------------------------------------------------------------
 
-    def _write_to_residual(self, name: str, inputs: Streams, before: Streams, after: Streams) -> None:
-        """Quantize a weight that writes to the residual stream, and add its outputs to `before`, giving `after`."""
-        chunks = list(inputs.quantized.chunks())
-        num_inputs, num_outputs = inputs.quantized.width, before.quantized.width
-        device = self._weights.device
-        moments = Moments(num_inputs, num_outputs=num_outputs, drift=inputs.original is not None, device=device)
-        for rows in chunks if self._weights.is_pending([name]) else []:
-            wanted, weight_R = self._wanted(before, rows)
-            self._add(moments, [name], self._both(inputs, rows), wanted, weight_R=weight_R)
-        pair = self._quantize([name], moments)
-        bias = self._bias(name)
-        for rows in chunks:
-            given = self._both(inputs, rows)
-            for (file, x_RK, side), source in zip(self._sides(after, given), before.both(), strict=True):
-                (y_RH,) = self._project(pair, x_RK, side, [bias])
-                file.write(rows, source.read(rows) + y_RH)
-
-    def _wanted(self, residual: Streams, rows: slice) -> tuple[Tensor | None, Tensor]:
-        """How the residual stream should move, and what an error in each row counts.
-
-        The next norm divides by the root mean square of a row, so an error counts by its size relative to that.
-        """
-        read = [file.read(rows) for file in residual.both()]
-        weight_R = 1.0 / (read[-1].square().mean(dim=-1) + self._maths.config.rms_norm_eps)
-        return (read[1] - read[0] if len(read) == 2 else None), weight_R
-
-    def _moments(self, names: Sequence[str], chunks: Iterator[slice], inputs: Callable[[slice], Inputs]) -> Moments:
-        """Sums over normed hidden states."""
-        width = self._maths.config.hidden_size
-        moments = Moments(width, drift=self._files.with_original, device=self._weights.device)
-        for rows in chunks if self._weights.is_pending(names) else []:
-            self._add(moments, names, inputs(rows))
-        return moments
-
-    def _add(
-        self,
-        moments: Moments,
-        names: Sequence[str],
-        inputs: Inputs,
-        wanted: Tensor | None = None,
-        *,
-        weight_R: Tensor | None = None,
-        num_prior: int = 0,
-    ) -> None:
-        """Add rows to the sums for some weights, as the first of them that is quantized meets them."""
-        schemes = [scheme for name in names if (scheme := self._weights.scheme(name)) is not None]
-        quantized = as_quantized_inputs(inputs.quantized, schemes[0])
-        with fast_matmul(quantized.device):
-            moments.add(quantized, inputs.original, wanted, weight_R, num_prior=num_prior)
-
-    def _quantize(self, names: Sequence[str], moments: Moments, num_prior_rows: int = 0) -> dict[str, Pair]:
-        pairs, num_bytes = self._weights.quantize(names, moments, num_prior_rows)
-        self._done(names[0], num_bytes)
-        return pairs
-
-    def _project(
-        self, pairs: dict[str, Pair], x_RK: Tensor, side: str, biases: Sequence[Tensor | None] = ()
-    ) -> list[Tensor]:
-        """Outputs of weights that share an input, each on the activations as it meets them: stored FP8 rounds them."""
-        met: dict[WeightScheme | None, Tensor] = {None: x_RK}
-        outputs = []
-        for (name, pair), bias in zip_longest(pairs.items(), biases):
-            scheme = self._weights.scheme(name) if side == "stored" else None
-            if scheme not in met:
-                met[scheme] = as_quantized_inputs(x_RK, scheme)
-            with fast_matmul(x_RK.device):
-                outputs.append(functional.linear(met[scheme], getattr(pair, side), bias))
-        return outputs
+    def _importance(self, residual_RH: Tensor) -> Tensor:
+        return 1.0 / (residual_RH.square().mean(dim=-1) + self._maths.config.rms_norm_eps)
 
     def _kept(self, name: str) -> Tensor:
         """A weight that stays BF16, once it is written."""
@@ -347,25 +263,3 @@ class LayerPass:
     def _bias(self, name: str) -> Tensor | None:
         is_biased = self._maths.config.attention_bias and ".self_attn." in name
         return self._kept(f"{name}.bias") if is_biased else None
-
-    def _both(self, streams: Streams, rows: slice, change: Callable[[Tensor], Tensor] = lambda x: x) -> Inputs:
-        quantized = change(streams.quantized.read(rows))
-        original = quantized if streams.original is None else change(streams.original.read(rows))
-        return Inputs(quantized=quantized, original=original)
-
-    @staticmethod
-    def _sides(files: Streams, inputs: Inputs) -> Iterator[tuple[RowFile, Tensor, str]]:
-        """Each model's file, its rows, and which weight of a Pair it uses."""
-        yield files.quantized, inputs.quantized, "stored"
-        if files.original is not None:
-            yield files.original, inputs.original, "original"
-
-    @contextmanager
-    def _scratch(self, like: Streams, name: str, width: int) -> Iterator[Streams]:
-        """Files within this layer, as many as the model runs."""
-        with ExitStack() as files:
-            opened = [
-                files.enter_context(self._files.scratch(f"{name}-{number}", width))
-                for number in range(len(like.both()))
-            ]
-            yield Streams(quantized=opened[0], original=opened[1] if len(opened) == 2 else None)

@@ -9,13 +9,15 @@ Shape letters: H residual width, K in, N out.
 from collections.abc import Iterator
 from dataclasses import replace
 
+from llama4_quant.architecture import Role
 from llama4_quant.calibration.final_gradient import HEAD_ELEMENTS
 from llama4_quant.calibration.settings import Calibration, SolverSettings
 from llama4_quant.calibration.solve import ROW_ELEMENTS
+from llama4_quant.calibration.weights import VISION_ROLES
 from llama4_quant.config import TextConfig
 from llama4_quant.errors import UsageError
 from llama4_quant.plan import Plan
-from llama4_quant.work import BASE_BYTES, BYTES_PER_DECISION, MemoryUse
+from llama4_quant.work import BASE_BYTES, BYTES_PER_DECISION, MemoryUse, tensor_items
 
 _CHUNK_BYTES = 16 * 2**20
 _CHUNKS = 24
@@ -60,7 +62,8 @@ def calibration_bytes(plan: Plan, settings: SolverSettings, longest: int) -> int
     text = plan.config.text
     base = BASE_BYTES + _SLACK + BYTES_PER_DECISION * len(plan.decisions)
     activations = max(_CHUNKS * _CHUNK_BYTES, 12 * 4 * longest * _widest(text))
-    return base + activations + max(_vision_bytes(plan), *(_stage_bytes(settings, *stage) for stage in _stages(text)))
+    stages = [*_stages(text), *_head_stages(plan), *_vision_stages(plan)]
+    return base + activations + max(_vision_bytes(plan), *(_stage_bytes(settings, *stage) for stage in stages))
 
 
 def _vision_bytes(plan: Plan) -> int:
@@ -101,6 +104,30 @@ def _stages(text: TextConfig) -> Iterator[tuple[int, int, int, int, int]]:
     for width in sorted(widths):
         yield hidden, 2 * width, width, 0, 0
         yield width, hidden, hidden, hidden, 2 * width * hidden
+
+
+def _head_stages(plan: Plan) -> Iterator[tuple[int, int, int, int, int]]:
+    """lm_head, which is solved a work item's rows at a time."""
+    for index, tensor in enumerate(plan.tensors):
+        if tensor.spec.role is Role.LM_HEAD and tensor.decisions[0].scheme is not None:
+            rows = max(item.stop - item.start for item in tensor_items(tensor, index))
+            yield tensor.spec.shape[1], rows, rows, 0, 0
+
+
+def _vision_stages(plan: Plan) -> Iterator[tuple[int, int, int, int, int]]:
+    """The vision tower, its adapter and the projector, as if all their weights were quantized."""
+    vision = plan.config.vision
+    if vision is None or not any(d.scheme is not None and d.role in VISION_ROLES for d in plan.decisions):
+        return
+    hidden, inner = vision.hidden_size, vision.intermediate_size
+    first, second = vision.projector_input_dim, vision.projector_output_dim
+    yield hidden, 3 * hidden, hidden, 0, 0
+    yield hidden, hidden, hidden, hidden, 0
+    yield hidden, inner, inner, 0, 0
+    yield inner, hidden, hidden, hidden, 0
+    yield inner, first, first, 0, 0
+    yield first, second, second, 0, 0
+    yield second, plan.config.text.hidden_size, plan.config.text.hidden_size, 0, 0
 
 
 def _stage_bytes(

@@ -1,7 +1,7 @@
 """What a calibrated conversion reports, as plain data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -14,9 +14,11 @@ class CalibrationRecord:
         num_rows: rows of activations that the weight was fitted to; of an expert, the rows routed to it.
         num_prior_rows: rows of the layer's other tokens that were added with little weight.
         damp_percent: what was added to the Hessian's diagonal, as a part of its mean; None without a Hessian.
-        rounding_error: squared error of the outputs on these rows after rounding to nearest, as a part of the squared
-            outputs; None without rows.
+        rounding_error: squared error of the outputs on these rows after rounding to nearest, against the weight that
+            was to be (corrected for drift, with "best"), as a part of the squared outputs; None without rows.
         output_error: the same as stored.
+        squared_outputs: what both are a part of: the sum of the squared outputs of the source's weight on these rows.
+        num_rounded: outputs stored as rounded to nearest, since what the method found would have cost more.
         note: anything unusual.
     """
 
@@ -26,7 +28,28 @@ class CalibrationRecord:
     damp_percent: float | None = None
     rounding_error: float | None = None
     output_error: float | None = None
+    squared_outputs: float | None = None
+    num_rounded: int = 0
     note: str = ""
+
+    def merge(self, other: "CalibrationRecord") -> "CalibrationRecord":
+        """The record of a weight whose outputs were solved in two parts, on the same rows."""
+        total = (self.squared_outputs or 0.0) + (other.squared_outputs or 0.0)
+        return replace(
+            self,
+            rounding_error=_mean((self.rounding_error, self), (other.rounding_error, other)),
+            output_error=_mean((self.output_error, self), (other.output_error, other)),
+            squared_outputs=None if self.squared_outputs is None else total,
+            num_rounded=self.num_rounded + other.num_rounded,
+        )
+
+
+def _mean(*errors: tuple[float | None, CalibrationRecord]) -> float | None:
+    """Of errors relative to each record's outputs."""
+    parts = [(error, record.squared_outputs) for error, record in errors]
+    known = [(error, squares) for error, squares in parts if error is not None and squares is not None]
+    total = sum(squares for _, squares in known)
+    return sum(error * squares for error, squares in known) / total if total else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +69,7 @@ class CacheScaleRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRecord:
-    """One decoder layer of the running quantized model.
+    """One layer of the running quantized model, of its decoder or of its vision tower.
 
     Attributes:
         layer: its number.
@@ -150,6 +173,7 @@ class CalibrationReport:
         num_samples, num_tokens: how much of it.
         equalized: powers of two were moved between weights, some that stay BF16 among them (calibration/equalize.py).
         layers: a record per decoder layer.
+        vision_layers: a record per layer of the vision tower, where that was calibrated.
         notes: experts with too little data and what was done about them, and anything else that a user should know.
         mixed_precision: how schemes were chosen weight by weight; None where all weights have the same.
     """
@@ -161,6 +185,7 @@ class CalibrationReport:
     equalized: bool
     layers: tuple[LayerRecord, ...]
     notes: tuple[str, ...]
+    vision_layers: tuple[LayerRecord, ...] = ()
     mixed_precision: MixedPrecisionRecord | None = None
 
     @classmethod
@@ -168,11 +193,11 @@ class CalibrationReport:
         """The inverse of `dataclasses.asdict`, once the data went through JSON."""
         if content is None:
             return None
-        layers = tuple(LayerRecord.from_json(layer) for layer in content["layers"])
         return cls(
             **{
                 **content,
-                "layers": layers,
+                "layers": tuple(LayerRecord.from_json(layer) for layer in content["layers"]),
+                "vision_layers": tuple(LayerRecord.from_json(layer) for layer in content["vision_layers"]),
                 "notes": tuple(content["notes"]),
                 "mixed_precision": MixedPrecisionRecord.from_json(content["mixed_precision"]),
             }

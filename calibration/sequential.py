@@ -1,4 +1,4 @@
-"""The calibration pass: embeddings, then layer after layer, each on what the quantized layers before it give.
+"""The calibration pass: embeddings, then layer after layer, each on what the quantized layers before it give; the head.
 
 Hidden states of all tokens are in files; of weights one expert at a time is in memory, with what its inputs' sums and
 the solver take. Layers done before an interruption are not read again; in the layer that it fell into, finished
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llama4_quant.calibration.cache_scales import CacheCalibration
 from llama4_quant.calibration.decoder import DecoderMath
+from llama4_quant.calibration.head import calibrate_head
 from llama4_quant.calibration.layer import LayerPass
 from llama4_quant.calibration.records import LayerRecord
 from llama4_quant.calibration.routing import Routing
@@ -21,12 +22,17 @@ from llama4_quant.plan import Plan
 from llama4_quant.work import WorkItem, item_decisions
 
 
-def calibrated_items(plan: Plan, items: Sequence[WorkItem], settings: SolverSettings) -> tuple[WorkItem, ...]:
-    """Items whose weights the pass writes; all others need no data."""
+def calibrated_items(
+    plan: Plan, items: Sequence[WorkItem], settings: SolverSettings, *, with_images: bool
+) -> tuple[WorkItem, ...]:
+    """Items whose weights a calibration writes; all others need no data, or there is none for them."""
     return tuple(
         item
         for item in items
-        if any(is_written(decision, settings) for decision in item_decisions(plan.tensors[item.tensor], item))
+        if any(
+            is_written(decision, settings, with_images=with_images)
+            for decision in item_decisions(plan.tensors[item.tensor], item)
+        )
     )
 
 
@@ -88,6 +94,8 @@ class SequentialPass:
                 done=self._done,
             )
             position = self._run_layer(layer, files, position)
+        with files.open(text.num_hidden_layers) as last:
+            calibrate_head(self._config, self._weights, last, self._done)
         return position.records
 
     def _run_layer(self, layer: LayerPass, files: StreamFiles, position: Position) -> Position:

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama4_quant.calibration.gptq import Factored, coordinate_descent, factor, gptq, output_error, refit_scales
+from llama4_quant.calibration.gptq import Factored, coordinate_descent, factor, gptq, refit_scales
 from llama4_quant.calibration.hessian import Moments, corrected
 from llama4_quant.calibration.scales import search_scales, solver_scales, stored_scales
 from llama4_quant.calibration.settings import SolverSettings
 from llama4_quant.quantizers.error import measure
+from llama4_quant.quantizers.lanes import rows_per_scale
 from llama4_quant.quantizers.packed import PackedWeight
 from llama4_quant.quantizers.packing import pack_int4
-from llama4_quant.quantizers.quantize import QuantizedWeight, dequantize_weight, grid_of
+from llama4_quant.quantizers.quantize import QuantizedWeight, dequantize_weight, grid_of, quantize_weight
 from llama4_quant.quantizers.search import SMALLEST_SCALE, round_to_bf16
 from llama4_quant.scheme import Strategy, WeightScheme, WeightType
 
@@ -34,12 +35,18 @@ class SolvedWeight:
 
     Attributes:
         packed: as it is stored; its error is against the source's weight.
-        output_error: squared error of the outputs on the rows seen, as a part of the squared outputs: of the stored
-            weight against the one it was to be (the corrected one, if there was a correction).
+        output_error: squared error of the outputs on the rows seen, as a part of the squared outputs of the source's
+            weight: of the stored weight against the one it was to be (the corrected one, if there was a correction).
+        rounding_error: the same of the weight rounded to nearest.
+        squared_outputs: what both are a part of.
+        num_rounded: outputs that are stored as rounded to nearest, since anything else would have cost more.
     """
 
     packed: PackedWeight
     output_error: float
+    rounding_error: float
+    squared_outputs: float
+    num_rounded: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +70,13 @@ class Solver:
         damp_percent = settings.damp_percent * max(1.0, FEW_ROWS * num_inputs / max(1, moments.num_rows)) ** 2
         return cls(moments=moments, factored=factor(moments.gram, damp_percent), settings=settings)
 
-    def solve(self, weight_NK: Tensor, scheme: WeightScheme) -> SolvedWeight:
-        """Quantize one weight.
+    def solve(self, weight_NK: Tensor, scheme: WeightScheme, rounded: QuantizedWeight | None = None) -> SolvedWeight:
+        """Quantize one weight; no output costs more than rounding to nearest would.
 
         Args:
             weight_NK: [out, in], any float dtype.
             scheme: how it is stored.
+            rounded: the weight rounded to nearest; None: it is made here.
 
         Raises:
             QuantizationError: the weight holds NaN or Inf.
@@ -87,7 +95,7 @@ class Solver:
             scale=torch.cat([part for _, part in parts]).to(grid_of(scheme).scale_dtype),
             scheme=scheme,
         )
-        return self._measured(exact_NK, target_NK, quantized)
+        return self._guarded(exact_NK, target_NK, quantized, rounded or quantize_weight(exact_NK, scheme))
 
     def _importance(self) -> Tensor:
         """What the squared error of each input's weights counts in the search for scales: the damped diagonal."""
@@ -115,23 +123,66 @@ class Solver:
         codes = codes_KN.T.contiguous()
         return grid.encode(codes), stored_scales(scales, scheme)
 
-    def cost(self, weight_NK: Tensor, stored_NK: Tensor) -> float:
-        """Squared error of the outputs on the rows seen, as a part of the squared outputs of `weight_NK`."""
-        gram_KK = self.moments.gram
-        total = max(output_error(weight_NK.T, gram_KK), torch.finfo(torch.float32).tiny)
-        return max(0.0, output_error(weight_NK.T - stored_NK.T, gram_KK)) / total
-
-    def _measured(self, exact_NK: Tensor, target_NK: Tensor, quantized: QuantizedWeight) -> SolvedWeight:
-        is_int4 = quantized.scheme.type is WeightType.INT4
-        packed = PackedWeight(
-            codes=pack_int4(quantized.codes) if is_int4 else quantized.codes,
-            scale=quantized.scale,
-            shape=quantized.shape,
-            scheme=quantized.scheme,
-            error=measure(exact_NK, quantized),
+    def _guarded(
+        self, exact_NK: Tensor, target_NK: Tensor, solved: QuantizedWeight, rounded: QuantizedWeight
+    ) -> SolvedWeight:
+        """The better of two candidates, output by output (in FP8 blocks, whose outputs share scales, by the block)."""
+        scheme = solved.scheme
+        codes, scale = solved.codes.clone(), solved.scale.clone()
+        num_rounded, costs = 0, torch.zeros(3, dtype=torch.float64)
+        for rows in self._chunks(*solved.shape):
+            total_N, _ = self._costs(exact_NK[rows])
+            error_N, damped_N = self._costs(target_NK[rows] - _dequantized_rows(solved, rows))
+            plain_N, plain_damped_N = self._costs(target_NK[rows] - _dequantized_rows(rounded, rows))
+            height = rows_per_scale(scheme)
+            worse_N = _block_sums(damped_N, height) > _block_sums(plain_damped_N, height)
+            chosen = rows.start + torch.nonzero(worse_N).squeeze(-1)
+            codes[chosen] = rounded.codes[chosen]
+            scales = rows.start // height + torch.nonzero(worse_N[::height]).squeeze(-1)
+            scale[scales] = rounded.scale[scales]
+            num_rounded += len(chosen)
+            found = (total_N, torch.where(worse_N, plain_N, error_N), plain_N)
+            costs += torch.stack([cost_N.sum(dtype=torch.float64).cpu() for cost_N in found])
+        total, error, plain = costs.clamp(min=0).tolist()
+        total = max(total, torch.finfo(torch.float32).tiny)
+        quantized = QuantizedWeight(codes=codes, scale=scale, scheme=scheme)
+        return SolvedWeight(
+            packed=PackedWeight(
+                codes=pack_int4(codes) if scheme.type is WeightType.INT4 else codes,
+                scale=scale,
+                shape=quantized.shape,
+                scheme=scheme,
+                error=measure(exact_NK, quantized),
+            ),
+            output_error=error / total,
+            rounding_error=plain / total,
+            squared_outputs=total,
+            num_rounded=num_rounded,
         )
-        cost = self.cost(target_NK, dequantize_weight(quantized, torch.float32))
-        return SolvedWeight(packed=packed, output_error=cost)
+
+    def _costs(self, error_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors of the outputs, each [N]: on the rows seen, and with the damping, as the solver counts."""
+        gram_KK = self.moments.gram
+        diagonal_K = gram_KK.diagonal()
+        seen_N = (error_NK @ gram_KK).mul_(error_NK).sum(dim=1)
+        damping_K = self.factored.damp_percent + (diagonal_K <= 0).to(torch.float32)
+        mean = diagonal_K.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        return seen_N, seen_N / mean + error_NK.square() @ damping_K
+
+
+def _block_sums(cost_N: Tensor, height: int) -> Tensor:
+    """Sums over the outputs that share scales, one for each output."""
+    if height == 1:
+        return cost_N
+    sums = [part.sum().expand(len(part)) for part in torch.split(cost_N, height)]
+    return torch.cat(sums)
+
+
+def _dequantized_rows(weight: QuantizedWeight, rows: slice) -> Tensor:
+    part = QuantizedWeight(
+        codes=weight.codes[rows], scale=_rows_of(weight.scale, rows, weight.scheme), scheme=weight.scheme
+    )
+    return dequantize_weight(part, torch.float32)
 
 
 def _rows_of(scale: Tensor, rows: slice, scheme: WeightScheme) -> Tensor:

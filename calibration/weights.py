@@ -6,7 +6,7 @@ back, and go on through the layer like those that were just made.
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,16 +33,18 @@ from llama4_quant.work import WorkItem
 
 KEPT_ROLES = (Role.NORM, Role.ROUTER, Role.BIAS)
 """Of the decoder's layers: they stay BF16, with factors that equalization moves into them."""
-CALIBRATED_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP, Role.ROUTED_EXPERT)
+DECODER_ROLES = (Role.ATTENTION, Role.SHARED_EXPERT, Role.DENSE_MLP, Role.ROUTED_EXPERT)
+VISION_ROLES = (Role.VISION, Role.PROJECTOR)
+"""Calibrated where the data has images."""
 _NO_ROWS = "no token was routed here: rounded to nearest"
 _FEW_ROWS = "few tokens for so many inputs: fitted to them together with other tokens of the layer, which count little"
 
 
-def is_written(decision: Decision, settings: SolverSettings) -> bool:
-    """Whether the pass writes a weight; all others need no data."""
+def is_written(decision: Decision, settings: SolverSettings, *, with_images: bool) -> bool:
+    """Whether the pass writes a weight; all others need no data, or there is none for them."""
     if decision.scheme is None:
         return settings.equalize and decision.role in KEPT_ROLES and decision.layer is not None
-    return decision.role in CALIBRATED_ROLES
+    return decision.role in (*DECODER_ROLES, Role.LM_HEAD, *(VISION_ROLES if with_images else ()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +70,10 @@ class SourceWeights:
         """How a weight is stored; None as it is."""
         return None
 
+    def num_inputs(self, name: str) -> int:
+        """Inputs of a linear weight."""
+        return self._decisions[name].shape[1]
+
     def original(self, name: str) -> Tensor:
         """A weight, norm or bias of the source, float32; [out, in] for linear weights."""
         return self._read(name).to(self.device)
@@ -80,9 +86,13 @@ class SourceWeights:
         """Whether some of these weights still have to be quantized, which takes moments."""
         return False
 
-    def num_finished_layers(self, num_layers: int) -> int:
-        """Layers from the first on of which nothing is left to do."""
+    def num_finished_layers(self, num_layers: int, *, of_vision: bool = False) -> int:  # noqa: ARG002
+        """Layers from the first on, of the decoder or of the vision tower, of which nothing is left to do."""
         return num_layers
+
+    def quantize_rows(self, name: str, moments: Moments) -> Iterator[int]:  # noqa: ARG002
+        """Quantize a weight a part of its rows at a time; see `Weights.quantize_rows`."""
+        return iter(())
 
     def sync(self) -> None:
         """Bring to the disk what is finished."""
@@ -121,9 +131,11 @@ class Weights(SourceWeights):
         *,
         method: str,
         settings: SolverSettings,
+        with_images: bool,
         device: torch.device,
     ) -> None:
         super().__init__(plan, reader, device)
+        self._with_images = with_images
         self._writer, self._backend = writer, backend
         self._method, self._settings = method, settings
         self._items: dict[tuple[str, int | None], list[WorkItem]] = {}
@@ -157,14 +169,20 @@ class Weights(SourceWeights):
         """Whether some of these weights still have to be quantized, which takes moments."""
         return any(item.id not in self._finished for item in self._items_of(names))
 
-    def num_finished_layers(self, num_layers: int) -> int:
-        """Layers from the first on of which nothing is left to do."""
+    def num_finished_layers(self, num_layers: int, *, of_vision: bool = False) -> int:
+        """Layers from the first on, of the decoder or of the vision tower, of which nothing is left to do."""
         left = [
             decision.layer
             for name, decision in self._decisions.items()
-            if decision.layer is not None and is_written(decision, self._settings) and self._is_left(name)
+            if decision.layer is not None
+            and (decision.role in VISION_ROLES) == of_vision
+            and self._is_written(decision)
+            and self._is_left(name)
         ]
         return min(left, default=num_layers)
+
+    def _is_written(self, decision: Decision) -> bool:
+        return is_written(decision, self._settings, with_images=self._with_images)
 
     def _is_left(self, name: str) -> bool:
         kept = self._kept_items(self._decisions[name])
@@ -172,7 +190,7 @@ class Weights(SourceWeights):
 
     def _kept_items(self, decision: Decision) -> list[WorkItem]:
         """Work items of a weight that stays BF16 but is written by the pass; none of any other."""
-        if decision.scheme is not None or not is_written(decision, self._settings):
+        if decision.scheme is not None or not self._is_written(decision):
             return []
         return self._items[decision.linear.source if decision.linear else decision.name, None]
 
@@ -194,12 +212,7 @@ class Weights(SourceWeights):
         items, todo = self._items_of(names), self._to_calibrate(names)
         if not self.is_pending(names):
             return {name: self._read_back(name) for name in names}, 0
-        if not bool(torch.isfinite(moments.gram).all()):
-            raise QuantizationError(
-                f"{names[0]}: its inputs grow beyond float32 on the calibration data, so that nothing can be fitted to "
-                "them; is the checkpoint damaged?"
-            )
-        solver = Solver.of(moments, self._settings) if moments.num_rows else None
+        solver = self._solver(names[0], moments)
         pairs: dict[str, Pair] = {}
         ranges: list[WrittenRange] = []
         notes: list[dict[str, Any]] = []
@@ -214,6 +227,36 @@ class Weights(SourceWeights):
             pairs[name] = Pair(original=original, stored=dequantize_weight(packed.unpack(), torch.float32))
         self._record(items, ranges, notes)
         return pairs, sum(item.num_bytes for item in items)
+
+    def quantize_rows(self, name: str, moments: Moments) -> Iterator[int]:
+        """Quantize a weight with many outputs, a work item's rows at a time.
+
+        Args:
+            name: of the weight.
+            moments: of its inputs.
+
+        Yields:
+            The source bytes that are done now, after each item.
+        """
+        decision = self._decisions[name]
+        assert decision.linear is not None
+        solver = self._solver(name, moments)
+        for item in self._items_of([name]):
+            if item.id in self._finished:
+                continue
+            rows_NK = self._reader.read_rows(decision.linear.source, item.start, item.stop)
+            packed, note = self._solve(name, rows_NK.to(self.device, torch.float32), solver, moments, 0)
+            self._record([item], self._write(name, packed, item.start), [note.to_json()])
+            yield item.num_bytes
+
+    def _solver(self, name: str, moments: Moments) -> Solver | None:
+        """What solves weights with these inputs; None without rows."""
+        if not bool(torch.isfinite(moments.gram).all()):
+            raise QuantizationError(
+                f"{name}: its inputs grow beyond float32 on the calibration data, so that nothing can be fitted to "
+                "them; is the checkpoint damaged?"
+            )
+        return Solver.of(moments, self._settings) if moments.num_rows else None
 
     def _solve(
         self, name: str, original: Tensor, solver: Solver | None, moments: Moments, num_prior_rows: int
@@ -231,15 +274,17 @@ class Weights(SourceWeights):
                     note=_NO_ROWS,
                 )
             else:
-                solved = solver.solve(original, scheme)
+                solved = solver.solve(original, scheme, rounded.unpack())
                 packed = solved.packed
                 record = CalibrationRecord(
                     method=self._method,
                     num_rows=moments.num_rows,
                     num_prior_rows=num_prior_rows,
                     damp_percent=solver.factored.damp_percent,
-                    rounding_error=solver.cost(original, dequantize_weight(rounded.unpack(), torch.float32)),
+                    rounding_error=solved.rounding_error,
                     output_error=solved.output_error,
+                    squared_outputs=solved.squared_outputs,
+                    num_rounded=solved.num_rounded,
                     note=_FEW_ROWS if num_prior_rows else "",
                 )
         except QuantizationError as error:
@@ -249,8 +294,8 @@ class Weights(SourceWeights):
             weight=name, error=packed.error, seconds=seconds, calibration=dataclasses.asdict(record)
         )
 
-    def _write(self, name: str, packed: PackedWeight) -> Iterable[WrittenRange]:
-        rows = encode_packed(name, packed, row_start=0, out_features=packed.shape[0])
+    def _write(self, name: str, packed: PackedWeight, row_start: int = 0) -> list[WrittenRange]:
+        rows = encode_packed(name, packed, row_start=row_start, out_features=self._decisions[name].shape[0])
         return [self._writer.write(part.name, part.values, part.row_start) for part in rows]
 
     def _record(self, items: Sequence[WorkItem], ranges: list[WrittenRange], notes: list[dict[str, Any]]) -> None:

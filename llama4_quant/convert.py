@@ -32,7 +32,7 @@ from llama4_quant.checkpoint.paths import DOWNLOAD_NAME, STAGING_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.resume import Job, Resume, found_fingerprint, parse_resume
 from llama4_quant.checkpoint.source import is_hub_id, open_headers, open_source, side_files
-from llama4_quant.checkpoint.staging import check_output, reserved_bytes
+from llama4_quant.checkpoint.staging import check_output, is_publishing, reserved_bytes
 from llama4_quant.checkpoint.state_dicts import layout_state_dicts
 from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.config import Llama4Config
@@ -184,10 +184,12 @@ def convert(
         prepared = mixed = None
         if calibration is not None:
             prepared = prepare(calibration, reader)
+            _require_disk(prepared, plan, out, shard_size)
             mixed = _mixed_precision(plan, prepared, reader, out, mode, progress)
-        if mixed is not None:
+        if prepared is not None and mixed is not None:
             plan = _plan(reader, chosen, storage, model_parallel, cache, choices_of(plan, mixed))
             memory = _memory(plan, backend, max_memory, workers, calibration)
+            _require_disk(prepared, plan, out, shard_size)
         config, items = output_config(plan, reader), work_items(plan)
         layout = _layout(plan, shard_size)
         job = Job(
@@ -258,6 +260,13 @@ def _require_room(repository: str, revision: str | None, out: Path, output_bytes
     """Refuse full disks before weights are downloaded; headers and side files of the output are left out."""
     left = max(0, output_bytes - reserved_bytes(out))
     require_room({cache_folder(): bytes_to_download(repository, revision), out.resolve(): left})
+
+
+def _require_disk(prepared: PreparedCalibration, plan: Plan, out: Path, max_shard_size: int) -> None:
+    """Refuse a disk without room for output and hidden states, before either is begun."""
+    folder = out.resolve()
+    if not is_publishing(folder):
+        prepared.require_disk(plan, folder, max(0, _layout(plan, max_shard_size).nbytes - reserved_bytes(folder)))
 
 
 def _downloads(out: Path, rank: Rank) -> Path:

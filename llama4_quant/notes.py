@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from llama4_quant.calibration.records import CalibrationRecord
 from llama4_quant.quantizers.error import WeightError
 
 
@@ -35,5 +36,11 @@ class WeightNote:
             self,
             error=self.error.merge(other.error),
             seconds=self.seconds + other.seconds,
-            calibration=self.calibration or other.calibration,
+            calibration=_merged(self.calibration, other.calibration),
         )
+
+
+def _merged(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if one is None or other is None:
+        return one or other
+    return dataclasses.asdict(CalibrationRecord(**one).merge(CalibrationRecord(**other)))

@@ -13,10 +13,12 @@ import torch
 from checkpoints import random_tensors, text_config, write_checkpoint
 from torch import Tensor
 
+from llama4_quant.calibration.hessian import Moments
 from llama4_quant.calibration.records import LayerRecord
 from llama4_quant.calibration.sequential import SequentialPass
 from llama4_quant.calibration.settings import make_calibration
 from llama4_quant.calibration.streams import Sequences, StreamFiles, Streams
+from llama4_quant.calibration.weights import Weights
 from llama4_quant.convert import convert
 from llama4_quant.report import Report
 from llama4_quant.runtime.loader import load
@@ -95,6 +97,20 @@ def calibrate_and_look(source: Path, out: Path, data: Sequence[str], **settings:
         exact_matmul(patch)
         report = calibrate(source, out, data, **settings)
     return Seen(report=report, quantized=seen[0][0], original=seen[0][1])
+
+
+def collect_moments(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Moments, int]]:
+    """Moments, and prior rows among them, by the name of each weight that is quantized from now on."""
+    seen: dict[str, tuple[Moments, int]] = {}
+    quantize = Weights.quantize
+
+    def watched(self: Weights, names: list[str], moments: Moments, num_prior_rows: int = 0) -> Any:
+        seen.update(dict.fromkeys(names, (moments, num_prior_rows)))
+        return quantize(self, names, moments, num_prior_rows)
+
+    monkeypatch.setattr(Weights, "quantize", watched)
+    exact_matmul(monkeypatch)
+    return seen
 
 
 def exact_matmul(patch: pytest.MonkeyPatch) -> None:

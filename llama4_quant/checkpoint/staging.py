@@ -223,6 +223,11 @@ def reserved_bytes(out: Path) -> int:
     return sum(path.lstat().st_blocks * _BLOCK for path in folder.iterdir()) if folder.is_dir() else 0
 
 
+def is_publishing(out: Path) -> bool:
+    """Whether an earlier process was making an output visible when it ended: nothing but moving files is left."""
+    return (out / STAGING_NAME / _PUBLISHING_NAME).exists()
+
+
 def check_output(out: Path, *, overwrite: bool, source: Path | None) -> None:
     """Raise OutputError if `out` must not be written: it is the source, holds a checkpoint, or something else."""
     if source is not None and out.exists() and source.exists() and out.samefile(source):

@@ -44,9 +44,13 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, C, height, width] -> [B, P, H], patches in reading order."""
-        patches = functional.unfold(pixels, kernel_size=self.patch_size, stride=self.patch_size)
-        y: Tensor = self.linear(patches.transpose(1, 2))
+        y: Tensor = self.linear(unfold_patches(pixels, self.patch_size))
         return y
+
+
+def unfold_patches(pixels: Tensor, patch_size: int) -> Tensor:
+    """[B, C, height, width] -> [B, P, C * patch_size^2], patches in reading order."""
+    return functional.unfold(pixels, kernel_size=patch_size, stride=patch_size).transpose(1, 2)
 
 
 class VisionAttention(nn.Module):
@@ -63,13 +67,14 @@ class VisionAttention(nn.Module):
 
     def forward(self, x_BTH: Tensor, rotation: Rotation) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
-        q, k, v = (
-            projection(x_BTH).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k, v = rotation.apply(q).transpose(1, 2), rotation.apply(k).transpose(1, 2), v.transpose(1, 2)
-        y: Tensor = self.o_proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = self.o_proj(self.context(self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH), rotation))
         return y
+
+    def context(self, q_BTH: Tensor, k_BTH: Tensor, v_BTH: Tensor, rotation: Rotation) -> Tensor:
+        """What o_proj gets, [B, T, H]."""
+        q, k, v = (y.view(*y.shape[:-1], -1, self.head_dim) for y in (q_BTH, k_BTH, v_BTH))
+        q, k, v = rotation.apply(q).transpose(1, 2), rotation.apply(k).transpose(1, 2), v.transpose(1, 2)
+        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class VisionMLP(nn.Module):

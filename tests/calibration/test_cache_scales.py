@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cache_conversions import ALL_EXPERTS, calibration, converted, source, token_samples
+from calibrated_runs import exact_matmul
 from checkpoints import multimodal_config, text_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,12 +72,8 @@ def test_rounding_saturates() -> None:
 def exact_products() -> Iterator[None]:
     """The pass may round inputs of products on some machines; here its numbers are compared."""
 
-    @contextmanager
-    def plain(_device: torch.device) -> Iterator[None]:
-        yield
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_module, "fast_matmul", plain)
+        exact_matmul(patch)
         yield
 
 

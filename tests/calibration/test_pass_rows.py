@@ -9,6 +9,7 @@ import torch
 from calibrated_runs import (
     LENGTHS,
     calibrate,
+    collect_moments,
     exact_matmul,
     read_tokens,
     relative,
@@ -22,7 +23,6 @@ from torch.testing import assert_close
 from llama4_quant.calibration.embed import write_embeddings
 from llama4_quant.calibration.hessian import Moments
 from llama4_quant.calibration.routing import ENOUGH_ROWS, MAX_PRIOR_ROWS, PRIOR_STRENGTH, route
-from llama4_quant.calibration.weights import Weights
 from llama4_quant.runtime.experts import MixtureOfExperts
 from llama4_quant.runtime.linear import WeightStorage
 from llama4_quant.runtime.loader import load
@@ -30,20 +30,6 @@ from llama4_quant.sample import SAMPLE_DIR
 from llama4_quant.scheme import preset
 
 ROUNDING = 1e-5  # of sums of some hundred float32 products, over four layers
-
-
-def collect_moments(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Moments, int]]:
-    """Moments, and prior rows among them, by the name of each weight that is quantized from now on."""
-    seen: dict[str, tuple[Moments, int]] = {}
-    quantize = Weights.quantize
-
-    def watched(self: Weights, names: list[str], moments: Moments, num_prior_rows: int = 0) -> Any:
-        seen.update(dict.fromkeys(names, (moments, num_prior_rows)))
-        return quantize(self, names, moments, num_prior_rows)
-
-    monkeypatch.setattr(Weights, "quantize", watched)
-    exact_matmul(monkeypatch)
-    return seen
 
 
 def inputs_of_linears(checkpoint: Path, tokens: list[list[int]]) -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,3 +70,26 @@ def count_items(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Conversion, "_do", counted)
     return items
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, after: int, stop: Callable[[], None]) -> None:
+    """Call `stop` instead of the `after`th call of a method."""
+    method, count = getattr(owner, name), 0
+
+    def stopping(self: Any, *arguments: Any, **settings: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == after:
+            stop()
+        return method(self, *arguments, **settings)
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+def interrupt() -> None:
+    """As Ctrl-C; jobs in the background of a shell start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -4,16 +4,14 @@ import errno
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from calibrated_runs import calibrate, tiny_checkpoint, token_data
-from resilience.resilience_tools import ENVIRONMENT, ROOT, STAGING, contents, num_finished
+from resilience.resilience_tools import ENVIRONMENT, ROOT, STAGING, contents, interrupt, num_finished, stop_in
 
 from llama4_quant.calibration import rows
 from llama4_quant.calibration.rows import RowFile
@@ -60,29 +58,6 @@ def test_kills_at_random_moments(tmp_path: Path, num_kills: int) -> None:
     assert counts["finished"] >= 1
     assert counts["resumed"] > num_kills // 3
     assert counts["in layers"] >= num_kills // 4
-
-
-def stop_in(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, after: int, stop: Callable[[], None]) -> None:
-    """Call `stop` instead of the `after`th call of a method."""
-    method, count = getattr(owner, name), 0
-
-    def stopping(self: Any, *arguments: Any, **settings: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == after:
-            stop()
-        return method(self, *arguments, **settings)
-
-    monkeypatch.setattr(owner, name, stopping)
-
-
-def interrupt() -> None:
-    """As Ctrl-C; jobs in the background of a shell start with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

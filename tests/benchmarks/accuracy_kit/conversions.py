@@ -169,8 +169,8 @@ def our_arguments(arguments: Sequence[str], tokens: Path) -> list[str]:
 
 @cache
 def convert_help() -> str:
-    """What `llama4-quant convert --help` says."""
-    command = [sys.executable, "-m", "llama4_quant.cli", "convert", "--help"]
+    """What `llama4-quant convert --help-all` says."""
+    command = [sys.executable, "-m", "llama4_quant.cli", "convert", "--help-all"]
     return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
 
 
