@@ -16,6 +16,7 @@ from llama4_quant.cli.options import (
     scheme_options,
 )
 from llama4_quant.cli.progress import byte_progress
+from llama4_quant.runtime.cache_buffers import CacheDtype
 from llama4_quant.runtime.loader import load, load_size
 from llama4_quant.runtime.pipeline import Pipeline
 from llama4_quant.runtime.sampling import DEFAULT_PREFILL_CHUNK_SIZE, GenerationSettings
@@ -24,7 +25,7 @@ RARE_MODEL_FLAGS = (
     *("--group-size", "--observer", "--quantize", "--ignore", "--dtype", "--revision"),
     *("--kernel", "--lm-head", "--expert-cache", "--attention"),
 )
-RARE_SAMPLING_FLAGS = ("--presence-penalty", "--frequency-penalty", "--prefill-chunk-size")
+RARE_SAMPLING_FLAGS = ("--presence-penalty", "--frequency-penalty", "--prefill-chunk-size", "--kv-cache-dtype")
 
 _SAMPLING = (
     "max_new_tokens",
@@ -36,6 +37,7 @@ _SAMPLING = (
     "presence_penalty",
     "frequency_penalty",
     "prefill_chunk_size",
+    "kv_cache_dtype",
 )
 
 
@@ -90,6 +92,13 @@ def sampling_options() -> Decorator:
                 default=DEFAULT_PREFILL_CHUNK_SIZE,
                 show_default=True,
                 help="Tokens of a prompt that are computed at a time: bounds memory.",
+            ),
+            click.option(
+                "--kv-cache-dtype",
+                type=click.Choice([kind.value for kind in CacheDtype]),
+                default=CacheDtype.AUTO.value,
+                show_default=True,
+                help="How keys and values are kept: auto is --dtype; fp8 and int8 take one byte.",
             ),
             click.option("--seed", default=0, show_default=True, help="Of the random numbers."),
         ]

@@ -158,12 +158,12 @@ def _fp8_product(x: Tensor, weight_NK: Tensor, weight_scale: Tensor, bias_N: Ten
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         scale = weight_scale[start // rows_per_scale : -(-rows.stop // rows_per_scale)]
-        tile = _fp8_to_bf16(weight_NK[rows]).mul_(reference.fp8_scale(weight_NK[rows], scale, torch.bfloat16))
+        tile = fp8_to_bf16(weight_NK[rows]).mul_(reference.fp8_scale(weight_NK[rows], scale, torch.bfloat16))
         y[..., rows] = functional.linear(x, tile, None if bias_N is None else bias_N[rows])
     return y
 
 
-def _fp8_to_bf16(codes: Tensor) -> Tensor:
+def fp8_to_bf16(codes: Tensor) -> Tensor:
     """e4m3fn to bfloat16, exactly; NaN, which no weight is, would become 480.
 
     Sign, exponent and mantissa move to where bfloat16 has them. Its exponents are counted from -127 and not from -7, so

@@ -1,14 +1,16 @@
 """Keys and values of tokens already computed.
 
-Each layer keeps one buffer [B, G, capacity, D]. Columns count along the padded sequence. A RoPE layer attends to the
-current chunk only, so once a chunk is behind every row of the batch its columns are forgotten: with a context much
-longer than `attention_chunk_size`, three layers of four hold no more than one chunk and what is computed at a time.
+Each layer keeps a buffer [B, G, capacity, D] for its keys and one for its values (cache_buffers.py). Columns count
+along the padded sequence. A RoPE layer attends to the current chunk only, so once a chunk is behind every row of the
+batch its columns are forgotten: with a context much longer than `attention_chunk_size`, three layers of four hold no
+more than one chunk and what is computed at a time.
 Buffers of layers that see everything grow by doubling where it is not known ahead how long they get; how large all of
 them are at any time is what `Capacity` says, which `cache_bytes` asks without allocating anything.
 
 Shape letters: B batch, D head dimension, G key-value heads, S columns kept, T new columns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from llama4_quant.config import TextConfig
 from llama4_quant.ops.reference import round_fp8
+from llama4_quant.runtime.cache_buffers import CacheDtype, CodedBuffer, PlainBuffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +93,33 @@ class LayerCache:
     """Keys and values of one layer, for columns from `first` on."""
 
     def __init__(
-        self, shape: tuple[int, int, int], capacity: Capacity, dtype: torch.dtype, device: torch.device
+        self,
+        shape: tuple[int, int, int],
+        capacity: Capacity,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        kind: CacheDtype = CacheDtype.AUTO,
+        scales: CacheScales | None = None,
     ) -> None:
-        """Allocate; `shape` is [B, G, D]."""
+        """Allocate.
+
+        Args:
+            shape: [B, G, D].
+            capacity: of the layer.
+            dtype: the model's.
+            device: where.
+            kind: how keys and values are kept.
+            scales: the checkpoint's, for FP8.
+        """
         batch, heads, dim = shape
         self._capacity = capacity
-        self._keys = torch.empty((batch, heads, capacity.columns, dim), dtype=dtype, device=device)
-        self._values = torch.empty_like(self._keys)
+        self._keys, self._values = (
+            PlainBuffer((batch, heads, capacity.columns, dim), dtype, device)
+            if kind is CacheDtype.AUTO
+            else CodedBuffer((batch, heads, capacity.columns, dim), dtype, device, kind=kind, scale=scale)
+            for scale in ((None, None) if scales is None else (scales.key, scales.value))
+        )
 
     @property
     def first(self) -> int:
@@ -106,7 +129,7 @@ class LayerCache:
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        return self._keys.nbytes + self._values.nbytes
+        return self._keys.num_bytes + self._values.num_bytes
 
     def append(self, keys: Tensor, values: Tensor, past: int) -> tuple[Tensor, Tensor]:
         """Store columns [past, past + T) and give everything from `first` on.
@@ -117,14 +140,14 @@ class LayerCache:
             past: columns stored before; later ones, left by a step that failed, are overwritten.
 
         Returns:
-            Views of the keys and values [B, G, S, D] kept, new ones included.
+            The keys and values [B, G, S, D] kept, new ones included: views, or of codes what they stand for.
         """
         start, stop = past - self.first, past - self.first + keys.shape[2]
         if self._capacity.make_room(past + keys.shape[2]):
             self._move(slice(0, start))
-        self._keys[:, :, start:stop] = keys
-        self._values[:, :, start:stop] = values
-        return self._keys[:, :, :stop], self._values[:, :, :stop]
+        self._keys.put(start, keys)
+        self._values.put(start, values)
+        return self._keys.get(stop), self._values.get(stop)
 
     def forget_before(self, column: int, length: int) -> None:
         """Drop the columns before `column` of `length` columns, and the memory that only they needed."""
@@ -133,16 +156,8 @@ class LayerCache:
             self._move(slice(column - first, length - first))
 
     def _move(self, kept: slice) -> None:
-        self._keys = _moved(self._keys, kept, self._capacity.columns)
-        self._values = _moved(self._values, kept, self._capacity.columns)
-
-
-def _moved(buffer: Tensor, kept: slice, capacity: int) -> Tensor:
-    """A buffer of `capacity` columns that starts with the `kept` ones."""
-    batch, heads, _, dim = buffer.shape
-    moved = buffer.new_empty(batch, heads, capacity, dim)
-    moved[:, :, : kept.stop - kept.start] = buffer[:, :, kept]
-    return moved
+        self._keys.move(kept, self._capacity.columns)
+        self._values.move(kept, self._capacity.columns)
 
 
 class KVCache:
@@ -155,17 +170,42 @@ class KVCache:
     """
 
     def __init__(
-        self, config: TextConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device, capacity: int = 256
+        self,
+        config: TextConfig,
+        batch_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int = 256,
+        kind: CacheDtype = CacheDtype.AUTO,
+        scales: Sequence[CacheScales | None] | None = None,
     ) -> None:
-        """Allocate room for `capacity` columns per row; more is allocated when needed."""
+        """Allocate room for `capacity` columns per row; more is allocated when needed.
+
+        Args:
+            config: the decoder.
+            batch_size: rows.
+            dtype: the model's.
+            device: where.
+            capacity: columns.
+            kind: how keys and values are kept.
+            scales: of each layer, for FP8; None for none.
+        """
         self.length = 0
         self.padding = (0,) * batch_size
         self._chunk_sizes = _chunk_sizes(config)
         self.layers = tuple(
             LayerCache(
-                (batch_size, config.num_key_value_heads, config.head_dim), Capacity(chunk_size, capacity), dtype, device
+                (batch_size, config.num_key_value_heads, config.head_dim),
+                Capacity(chunk_size, capacity),
+                dtype,
+                device,
+                kind=kind,
+                scales=layer_scales,
             )
-            for chunk_size in self._chunk_sizes
+            for chunk_size, layer_scales in zip(
+                self._chunk_sizes, scales or [None] * len(self._chunk_sizes), strict=True
+            )
         )
 
     @property
@@ -214,6 +254,8 @@ def cache_bytes(
     *,
     batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    kind: CacheDtype = CacheDtype.AUTO,
+    has_scales: bool = False,
     prefill_chunk_size: int | None = None,
     capacity: int | None = None,
 ) -> int:
@@ -223,7 +265,9 @@ def cache_bytes(
         config: the decoder.
         num_tokens: columns.
         batch_size: rows.
-        dtype: of keys and values.
+        dtype: the model's.
+        kind: how keys and values are kept.
+        has_scales: the checkpoint has scales for FP8.
         prefill_chunk_size: columns computed at a time, counted from the first; None for all at once.
         capacity: as given to `KVCache`; None for `num_tokens`.
 
@@ -240,7 +284,8 @@ def cache_bytes(
         for layer in layers:
             if layer.chunk_size is not None:
                 layer.forget_before(first_visible_column(0, length, layer.chunk_size), length)
-    return 2 * most * batch_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    num_bytes = kind.column_bytes(dtype, config.head_dim, has_scale=has_scales)
+    return 2 * most * batch_size * config.num_key_value_heads * num_bytes
 
 
 def _chunk_sizes(config: TextConfig) -> list[int | None]:

@@ -99,7 +99,9 @@ class TokenStream(Iterator[Tensor]):
         self._pixel_values = pixel_values
         self._settings = settings
         self._num_left = min(settings.max_new_tokens, num_free)
-        self.cache = cache or model.new_cache(batch_size, num_columns + min(self._num_left, _RESERVED_COLUMNS))
+        self.cache = cache or model.new_cache(
+            batch_size, num_columns + min(self._num_left, _RESERVED_COLUMNS), settings.kv_cache_dtype
+        )
         self._random = RowRandom(settings.seed, range(batch_size) if rows is None else rows)
         self._history: TokenHistory | None = None
         self.logprobs: Tensor | None = None

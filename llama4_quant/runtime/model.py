@@ -34,6 +34,7 @@ from llama4_quant.architecture import LinearSpec, Llama4Config
 from llama4_quant.errors import UsageError
 from llama4_quant.runtime.attention import Attention, TextAttention
 from llama4_quant.runtime.cache import CacheScales, KVCache
+from llama4_quant.runtime.cache_buffers import CacheDtype
 from llama4_quant.runtime.expert_store import ExpertStore
 from llama4_quant.runtime.experts import MixtureOfExperts
 from llama4_quant.runtime.linear import Builder, WeightStorage
@@ -204,9 +205,27 @@ class Llama4Model(nn.Module):
         assert isinstance(attention, TextAttention)
         attention.cache_scales = scales
 
-    def new_cache(self, batch_size: int, capacity: int = 256) -> KVCache:
-        """An empty cache for `batch_size` sequences with room for `capacity` tokens; it grows when needed."""
-        return KVCache(self.config.text, batch_size, dtype=self.dtype, device=self.device, capacity=capacity)
+    def new_cache(self, batch_size: int, capacity: int = 256, dtype: CacheDtype | str = CacheDtype.AUTO) -> KVCache:
+        """An empty cache for `batch_size` sequences with room for `capacity` tokens; it grows when needed.
+
+        Args:
+            batch_size: rows.
+            capacity: tokens of each.
+            dtype: how keys and values are kept: `auto` is the model's dtype; `fp8` and `int8` take one byte.
+
+        Raises:
+            UsageError: unknown dtype.
+        """
+        attentions = [layer.self_attn for layer in self.model.layers if isinstance(layer, DecoderLayer)]
+        return KVCache(
+            self.config.text,
+            batch_size,
+            dtype=self.dtype,
+            device=self.device,
+            capacity=capacity,
+            kind=CacheDtype.parse(dtype),
+            scales=[attention.cache_scales for attention in attentions],
+        )
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama4_quant.checkpoint.json_files import read_json, shown
 from llama4_quant.config_fields import Fields
 from llama4_quant.errors import ConfigError, Llama4QuantError, UsageError
+from llama4_quant.runtime.cache_buffers import CacheDtype
 
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 64, 1024
 """Of texts that end a row: their number, and the characters of each."""
@@ -46,6 +47,7 @@ class GenerationSettings:
         eos_token_ids: tokens that end a row; None for those of the model's config.json.
         prefill_chunk_size: columns of a prompt that are computed at a time, which bounds memory and changes nothing
             else but the order of some sums; None for all at once.
+        kv_cache_dtype: how keys and values are kept: "auto" in the model's dtype, "fp8" or "int8" in one byte.
         pad_token_id: what an ended row is filled with; None for the model's, or else its first eos token.
         logprobs: also give the log-probability of every chosen token.
     """
@@ -63,9 +65,11 @@ class GenerationSettings:
     eos_token_ids: tuple[int, ...] | None = None
     pad_token_id: int | None = None
     prefill_chunk_size: int | None = DEFAULT_PREFILL_CHUNK_SIZE
+    kv_cache_dtype: str = CacheDtype.AUTO
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        CacheDtype.parse(self.kv_cache_dtype)
         rules = {
             f"max_new_tokens is {self.max_new_tokens}, expected at least 1": self.max_new_tokens >= 1,
             f"temperature is {self.temperature}, expected 0 (greedy) to 100": 0 <= self.temperature <= 100,

@@ -26,8 +26,8 @@ class CountingModel:
         self.device = torch.device("cpu")
         self.calls: list[dict[str, object]] = []
 
-    def new_cache(self, batch_size: int, capacity: int) -> tuple[int, int]:
-        return (batch_size, capacity)
+    def new_cache(self, batch_size: int, capacity: int, dtype: str) -> tuple[int, int, str]:
+        return (batch_size, capacity, dtype)
 
     def prefill(self, input_ids: Tensor, **options: object) -> Tensor:
         return self(input_ids, **options)
