@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,10 +92,11 @@ class Pipeline:
         dtype: str | torch.dtype = torch.bfloat16,
         *,
         revision: str | None = None,
+        **settings: Any,
     ) -> "Pipeline":
-        """Load everything from a local directory or a Hub id; arguments and errors as of `load`."""
+        """Load everything from a local directory or a Hub id; arguments, also `settings`, and errors as of `load`."""
         folder = resolve(str(path_or_id), revision)
-        return cls.around(load(folder, scheme, device, dtype), folder)
+        return cls.around(load(folder, scheme, device, dtype, **settings), folder)
 
     @classmethod
     def around(cls, model: Llama4Model, folder: Path) -> "Pipeline":
