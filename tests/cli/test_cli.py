@@ -9,8 +9,10 @@ import click
 import pytest
 from checkpoints import make_checkpoint
 
+from llama4_quant.architecture import Llama4Config
 from llama4_quant.cli.main import cli, main
 from llama4_quant.plan import make_plan
+from llama4_quant.runtime.cache import cache_bytes
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
 
 PROMPT = "Return a new string object with"
@@ -175,6 +177,22 @@ def test_inspect_json(run: object) -> None:
     assert found["num_bytes"] == 2 * found["num_weights"]
     assert sum(role["num_weights"] for role in found["roles"]) == found["num_weights"]
     assert "experts.7.down_proj" in run("inspect", SAMPLE_DIR, "--weights").out
+
+
+def test_inspect_says_what_a_cache_takes(run: object) -> None:
+    facts = dict(json.loads(run("inspect", SAMPLE_DIR, "--context", 1000, "--json").out)["facts"])
+    text = Llama4Config.from_dict(json.loads((SAMPLE_DIR / "config.json").read_text())).text
+    predicted = cache_bytes(text, 1000, prefill_chunk_size=2048)
+    assert facts["KV cache, 1,000 tokens"].startswith(f"{predicted:,} bytes (")
+    refused = run("inspect", SAMPLE_DIR, "--context", 0)
+    assert refused.code == 1
+    assert "context is 0, expected at least 1" in refused.err
+
+
+@pytest.mark.parametrize("flags", [("--kv-cache-dtype", "int8"), ("--prefill-chunk-size", 5), ("--attention", "eager")])
+def test_generate_with_other_caches_chunks_and_attention(run: object, flags: tuple[object, ...]) -> None:
+    command = ("generate", SAMPLE_DIR, "--prompt", "What is a list?", "--max-new-tokens", 4, "--json", *flags)
+    assert json.loads(run(*command).out)["text"].strip()
 
 
 def test_generate_streams_text_and_counts(run: object) -> None:
