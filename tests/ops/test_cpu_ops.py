@@ -8,7 +8,7 @@ from ops.op_cases import FP8, INT4, INT4_CHANNEL, INT8, Case, make_case, random,
 from torch import Tensor
 
 from llama4_quant.ops import Kernel, Operator, choose, native, reference, repack_int4
-from llama4_quant.ops.torch_cpu import _fp8_to_bf16, kernel_group_size
+from llama4_quant.ops.torch_cpu import fp8_to_bf16, kernel_group_size
 from llama4_quant.scheme import Strategy, WeightScheme, WeightType
 
 FP8_BLOCK = WeightScheme(type=WeightType.FP8, strategy=Strategy.BLOCK)
@@ -124,7 +124,7 @@ def test_every_fp8_code_is_converted_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     expected = codes.float()
     is_number = ~expected.isnan()
-    converted = _fp8_to_bf16(codes).float()
+    converted = fp8_to_bf16(codes).float()
     assert torch.equal(converted[is_number], expected[is_number])
     assert torch.equal(converted.signbit(), expected.signbit())
 

@@ -61,7 +61,7 @@ INLINE int64_t lay_out(const Task& task, Rows* parts, uint8_t* memory) {
 }
 
 // One row (or of tiles, 16 rows) of activations.
-INLINE void prepare(const Task& task, const Rows& rows, int64_t unit, const int32_t* inputs, uint16_t* codes) {
+INLINE void prepare(const Task& task, const Rows& rows, int64_t unit, uint16_t* codes) {
     if (!use_tiles(task, rows.count)) {
         uint8_t* to = rows.x + unit * rows.x_bytes;
         std::memset(to, 0, rows.x_bytes);
@@ -78,7 +78,8 @@ INLINE void prepare(const Task& task, const Rows& rows, int64_t unit, const int3
         float& scale = rows.scale[row + r];
         scale = task.format == kFp8 ? round_activations(x + r * task.inputs, task.inputs, codes + r * task.inputs) : 1.0f;
     }
-    tiles::pack_rows(task, task.format == kFp8 ? codes : x, count, inputs, rows.x + unit * rows.x_bytes);
+    uint16_t* ordered = codes + 16 * round_up(task.inputs, 128);
+    tiles::pack_rows(task, task.format == kFp8 ? codes : x, count, ordered, rows.x + unit * rows.x_bytes);
 #endif
 }
 
@@ -129,23 +130,17 @@ int32_t run(const Task& task) {
 #ifdef LLAMA4_QUANT_TILES
     if (any_tiles) scratch = tiles::scratch_bytes(portable::most_rows(task));
 #endif
-    const int64_t inputs_padded = round_up(task.inputs, 128);
-    const int64_t codes = task.format == kFp8 ? round_up(inputs_padded * 2 * (any_tiles ? 16 : 1), kLine) : 0;
-    const int64_t orders = any_tiles ? round_up(inputs_padded * (int64_t)sizeof(int32_t), kLine) : 0;
+    // FP8: codes of activations; tiles: 16 rows in their order.
+    const int64_t padded = round_up(task.inputs, 128) * (int64_t)sizeof(uint16_t), in_hand = any_tiles ? 16 : 1;
+    const int64_t codes = padded * in_hand, ordered = any_tiles ? padded * in_hand : 0;
+    const int64_t of_thread = round_up(scratch + codes + ordered, kLine);
     Rows* parts = allocate<Rows>(task.experts);
     if (!parts) return 1;
     const int64_t prepared = lay_out(task, parts, nullptr);
-    uint8_t* memory = allocate<uint8_t>(prepared + orders + task.threads * (scratch + codes));
+    uint8_t* memory = allocate<uint8_t>(prepared + task.threads * of_thread);
     if (!memory) return std::free(parts), 1;
     lay_out(task, parts, memory);
-    int32_t* inputs = (int32_t*)(memory + prepared);
-    uint8_t* own = memory + prepared + orders;
-#ifdef LLAMA4_QUANT_TILES
-    if (any_tiles)
-        for (int64_t tile = 0; tile < tiles::num_tiles(task); tile++)
-            for (int64_t column = 0; column < tiles::kInputs; column++)
-                inputs[tile * tiles::kInputs + column] = (int32_t)tiles::input_at(task, tile, column);
-#endif
+    uint8_t* own = memory + prepared;
     const auto prepare_units = [&](int64_t thread) {
         const Range mine = share(units, 1, thread, task.threads);
         int64_t first = 0;
@@ -154,11 +149,11 @@ int32_t run(const Task& task) {
             const int64_t count = in_tiles ? (parts[expert].count + 15) / 16 : parts[expert].count;
             for (int64_t unit = 0; unit < count; unit++)
                 if (first + unit >= mine.first && first + unit < mine.last)
-                    prepare(task, parts[expert], unit, inputs, (uint16_t*)(own + thread * (scratch + codes) + scratch));
+                    prepare(task, parts[expert], unit, (uint16_t*)(own + thread * of_thread + scratch));
             first += count;
         }
     };
-    if (units == 1) prepare(task, parts[the_only(task)], 0, inputs, (uint16_t*)(own + scratch));
+    if (units == 1) prepare(task, parts[the_only(task)], 0, (uint16_t*)(own + scratch));
 #pragma omp parallel num_threads(task.threads)
     {
         if (units > 1) {
@@ -167,7 +162,7 @@ int32_t run(const Task& task) {
         }
 #pragma omp for schedule(static, 1)
         for (int64_t thread = 0; thread < task.threads; thread++)
-            multiply(task, parts, thread, own + thread * (scratch + codes));
+            multiply(task, parts, thread, own + thread * of_thread);
     }
     std::free(memory);
     std::free(parts);

@@ -51,29 +51,50 @@ INLINE int64_t num_tiles(const Task& task) {  // of inputs
     }
 }
 
-// The input in column `column` of tile `tile`.
-INLINE int64_t input_at(const Task& task, int64_t tile, int64_t column) {
-    switch (task.format) {
-        case kInt4: return tile / 4 * 128 + 4 * column + tile % 4;
-        case kFp8: return tile / 2 * 64 + column / 8 * 16 + tile % 2 * 8 + column % 8;
-        default: return tile * kInputs + column;
+// ---- Activations: 16 rows as tiles of pairs of inputs x rows ----
+
+// A row of bf16 in the order of the columns of tiles; behind it zeros.
+INLINE void order_row(const Task& task, const uint16_t* x, uint16_t* to) {
+    const int64_t size = task.inputs, width = num_tiles(task) * kInputs;
+    std::memset(to + size / 128 * 128, 0, (width - size / 128 * 128) * sizeof *to);
+    if (task.format == kBf16 || task.format == kInt8) {
+        std::memcpy(to, x, size * sizeof *to);
+        return;
+    }
+    int64_t k = 0;
+    if (task.format == kInt4) {
+        alignas(64) uint16_t fours[32];
+        for (int word = 0; word < 32; word++) fours[word] = (uint16_t)(4 * word % 64);
+        const __m512i every_fourth = _mm512_load_si512(fours);
+        for (; k + 128 <= size; k += 128) {
+            const __m512i a = _mm512_loadu_si512(x + k), b = _mm512_loadu_si512(x + k + 32);
+            const __m512i c = _mm512_loadu_si512(x + k + 64), d = _mm512_loadu_si512(x + k + 96);
+            for (int part = 0; part < 4; part++) {
+                const __m512i index = _mm512_add_epi16(every_fourth, _mm512_set1_epi16((short)part));
+                const __m512i low = _mm512_permutex2var_epi16(a, index, b);  // its first half is what is wanted
+                const __m512i high = _mm512_permutex2var_epi16(c, index, d);
+                _mm512_storeu_si512(to + k + 32 * part,
+                                    _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
+            }
+        }
+    }
+    for (; k < size; k++) {
+        const int64_t tile = task.format == kInt4 ? k / 128 * 4 + k % 4 : k / 64 * 2 + k % 16 / 8;
+        const int64_t column = task.format == kInt4 ? k % 128 / 4 : k % 64 / 16 * 8 + k % 8;
+        to[tile * kInputs + column] = x[k];
     }
 }
 
-// ---- Activations: 16 rows as tiles of pairs of inputs x rows ----
-
-// `rows` <= 16 rows of bf16, the others are zero.
-INLINE void pack_rows(const Task& task, const uint16_t* x, int64_t rows, const int32_t* inputs, uint8_t* to) {
-    const int64_t pairs = num_tiles(task) * kSide;
-    for (int64_t pair = 0; pair < pairs; pair++) {
-        const int64_t first = inputs[2 * pair], second = inputs[2 * pair + 1];
-        uint32_t words[kSide] = {};
-        for (int64_t r = 0; r < rows; r++) {
-            const uint16_t* row = x + r * task.inputs;
-            const uint32_t low = first < task.inputs ? row[first] : 0, high = second < task.inputs ? row[second] : 0;
-            words[r] = low | high << 16;
-        }
-        std::memcpy(to + pair * 64, words, sizeof words);
+// `rows` <= 16 rows of bf16 as tiles, the others zero; `ordered` is room for 16 rows.
+INLINE void pack_rows(const Task& task, const uint16_t* x, int64_t rows, uint16_t* ordered, uint8_t* to) {
+    const int64_t width = num_tiles(task) * kInputs;
+    for (int64_t r = 0; r < rows; r++) order_row(task, x + r * task.inputs, ordered + r * width);
+    const __mmask16 there = (__mmask16)((1u << rows) - 1);
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)(width / 2)));
+    for (int64_t pair = 0; pair < width / 2; pair++, to += 64) {
+        const void* first = ordered + 2 * pair;
+        _mm512_store_si512(to, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, first, 4));
     }
 }
 
@@ -219,17 +240,26 @@ using vectors::Rows;  // x: [tiles of rows][tiles of inputs], x_bytes of a tile 
 INLINE void finish(const Task& task, const Rows& rows, int64_t expert, Range outputs, int64_t first_row,
                    const uint8_t* stored) {
     const auto* sums = (const float(*)[kSide][kSide])stored;
-    float scales[kOutputs], bias[kOutputs];
+    alignas(64) float scales[kOutputs] = {}, bias[kOutputs] = {};
     const int64_t count = outputs.last - outputs.first;
     for (int64_t n = 0; n < count; n++) {
         scales[n] = row_scale(task, expert, outputs.first + n);
         bias[n] = task.bias ? from_bf16(task.bias[outputs.first + n]) : 0.0f;
     }
-    for (int64_t r = 0; r < 2 * kSide && first_row + r < rows.count; r++) {
-        const float x_scale = rows.scale[(first_row + r) * rows.x_scales];
+    const __m512i places = _mm512_slli_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);  // 16 rows of an output apart
+    for (int64_t r = 0; r < kRows && first_row + r < rows.count; r++) {
+        const __m512 x_scale = _mm512_set1_ps(rows.scale[(first_row + r) * rows.x_scales]);
         uint16_t* y = task.y + (rows.first + first_row + r) * task.outputs + outputs.first;
-        for (int64_t n = 0; n < count; n++)
-            y[n] = to_bf16(sums[n / kSide * 2 + r / kSide][n % kSide][r % kSide] * (x_scale * scales[n]) + bias[n]);
+        for (int64_t half = 0; half < 2 && half * kSide < count; half++) {
+            const float* column = &sums[half * 2 + r / kSide][0][r % kSide];
+            const __m512 factor = _mm512_mul_ps(x_scale, _mm512_load_ps(scales + half * kSide));
+            const __m512 sum = _mm512_i32gather_ps(places, column, 4);
+            const __m256i words =
+                (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_mul_ps(sum, factor), _mm512_load_ps(bias + half * kSide)));
+            const int64_t left = count - half * kSide;
+            _mm256_mask_storeu_epi16(y + half * kSide, left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1), words);
+        }
     }
 }
 
