@@ -5,7 +5,7 @@
 // inputs, as long as activations have the same): int4 codes through a table of the group's 16 values, code times scale
 // rounded to bf16, as reference.py has it; FP8 and int8 codes exactly, their scale follows at the end.
 //
-// 512 inputs of 32 outputs are unpacked at a time, into the first cache, and used at once for all rows. Sums of up to 32
+// 256 inputs of 32 outputs are unpacked at a time, into the first cache, and used at once for all rows. Sums of up to 32
 // rows stay in the unit; those of more rows lie in the second cache, for as many outputs as there is room for.
 
 #pragma once
@@ -24,7 +24,7 @@ constexpr int64_t kInputs = 32;              // inputs of a tile
 constexpr int64_t kTile = 1024;              // bytes of a tile
 constexpr int64_t kOutputs = 2 * kSide;      // at a time
 constexpr int64_t kRows = 2 * kSide;
-constexpr int64_t kAtOnce = 16;              // tiles of inputs that are unpacked at a time: 32 KiB
+constexpr int64_t kAtOnce = 8;              // tiles of inputs that are unpacked at a time: 16 KiB
 constexpr int64_t kSums = 4 * kTile;         // bytes of sums of 32 outputs with 32 rows
 constexpr int64_t kSumsAtOnce = 128;         // of these, 512 KiB
 
