@@ -42,6 +42,10 @@ __all__ = [
 DENSE_ROWS = 4
 """Rows from which torch's own bf16 product is the quicker one: its weights need no unpacking."""
 
+THREADED_PRODUCTS = 1 << 20
+"""Products of numbers under which one thread does all: waiting for others would take longer than the work, and much
+longer on a busy machine."""
+
 _SCALE_TYPES = {torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -188,9 +192,11 @@ def _call(
         is_block = format_ is Format.FP8 and not is_per_row(weight, scale)
     if bias is not None:
         bias = bias.contiguous()
+    num_rows, _, outputs, inputs = sizes
+    is_small = num_rows * outputs * inputs < THREADED_PRODUCTS
     addresses = (x.data_ptr(), counts.data_ptr(), weight.data_ptr(), scale_address)
     library.matmul(
         (*addresses, 0 if bias is None else bias.data_ptr(), y.data_ptr()),
         (*sizes, weight.stride(0) * weight.element_size(), scale_stride, groups),
-        (format_, scale_type, is_block, torch.get_num_threads()),
+        (format_, scale_type, is_block, 1 if is_small else torch.get_num_threads()),
     )

@@ -182,9 +182,12 @@ def test_an_expert_of_a_stack_gives_what_it_gives_alone(variant: Library, name: 
 
 @pytest.mark.parametrize("name", ["int4", "fp8", "bf16"])
 @pytest.mark.parametrize("num_rows", [1, 3, 40])
-def test_threads_do_not_change_a_bit(variant: Library, name: str, num_rows: int) -> None:
+def test_threads_do_not_change_a_bit(
+    variant: Library, name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     linear, _, stacks = operators()[name]
     weights, x, before = [stack[0] for stack in stacks], activations(num_rows, 256), torch.get_num_threads()
+    monkeypatch.setattr(native, "THREADED_PRODUCTS", 0)
     try:
         found = []
         for num_threads in (1, 2, 5):
