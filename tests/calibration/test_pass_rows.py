@@ -210,6 +210,11 @@ def test_image_features_of_each_model_flow_through(tmp_path: Path, monkeypatch: 
     for side, checkpoint in (("quantized", tmp_path / "out"), ("original", SAMPLE_DIR)):
         model = load(checkpoint, kernel="reference")  # bf16, as images are always computed
         with torch.inference_mode():
-            expected = [model._embed(s.input_ids[None], s.pixel_values)[0].float() for s in samples]
+            expected = [
+                model._place_images(s.input_ids[None], s.pixel_values)
+                .put_into(model.model.embed_tokens(s.input_ids[None]))[0]
+                .float()
+                for s in samples
+            ]
         assert torch.equal(streams[side], torch.cat(expected)), side
     assert relative(streams["quantized"], streams["original"]) > 1e-3
