@@ -200,7 +200,7 @@ def test_generate_streams_text_and_counts(run: object) -> None:
     assert ran.code == 0
     assert re.fullmatch(
         r"\d+ prompt tokens \(at [\d.]+ tokens/s\), first token after \d+\.\d\d s, "
-        r"5 new tokens \(at [\d.]+ tokens/s\), peak memory [\d.]+ MB, ended by length\n",
+        r"5 new tokens \(at [\d.]+ tokens/s\), peak memory [\d.]+ [MG]B, ended by length\n",
         ran.err,
     )
     as_json = json.loads(run("generate", SAMPLE_DIR, "--prompt", PROMPT, "--max-new-tokens", 5, "--raw", "--json").out)
