@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,14 @@ def collect_moments(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Moments,
         seen.update(dict.fromkeys(names, (moments, num_prior_rows)))
         return quantize(self, names, moments, num_prior_rows)
 
+    quantize_rows = Weights.quantize_rows
+
+    def watched_rows(self: Weights, name: str, moments: Moments) -> Iterator[int]:
+        seen[name] = moments, 0
+        return quantize_rows(self, name, moments)
+
     monkeypatch.setattr(Weights, "quantize", watched)
+    monkeypatch.setattr(Weights, "quantize_rows", watched_rows)
     exact_matmul(monkeypatch)
     return seen
 
