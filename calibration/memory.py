@@ -102,7 +102,8 @@ def _stages(text: TextConfig) -> Iterator[tuple[int, int, int, int, int]]:
     if len(text.moe_layers) < text.num_hidden_layers:
         widths.add(text.intermediate_size_mlp)
     for width in sorted(widths):
-        yield hidden, 2 * width, width, 0, 0
+        # An expert's gate and up as they are read are one tensor of the source's floats, held until both are solved.
+        yield hidden, 2 * width, width, 0, width * hidden
         yield width, hidden, hidden, hidden, 2 * width * hidden
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama4_quant.architecture import Role
+from llama4_quant.architecture import LinearSpec, Role
 from llama4_quant.calibration.equalize import Equalizer
 from llama4_quant.calibration.hessian import Moments
 from llama4_quant.calibration.records import CalibrationRecord
@@ -64,6 +64,7 @@ class SourceWeights:
 
     def __init__(self, plan: Plan, reader: CheckpointReader, device: torch.device) -> None:
         self._reader, self.device = reader, device
+        self._held: tuple[LinearSpec, Tensor] | None = None
         self._decisions = {decision.name: decision for decision in plan.decisions}
 
     def scheme(self, name: str) -> WeightScheme | None:  # noqa: ARG002 - of other models it depends on the name
@@ -113,9 +114,19 @@ class SourceWeights:
         if linear is None or linear.expert is None:
             values = self._reader.read(linear.source if linear else name)
         else:
-            stored_IN = self._reader.read_slice(linear.source, linear.expert, 0, linear.in_features)
-            values = stored_IN[:, linear.out_start : linear.out_start + linear.out_features].T
+            values = self._expert_slice(linear, linear.expert)[:, linear.out_start :][:, : linear.out_features].T
         return values.to(torch.float32)
+
+    def _expert_slice(self, linear: LinearSpec, expert: int) -> Tensor:
+        """An expert of a fused tensor, [in, out of all its weights]; held from its first weight to its last."""
+        held, self._held = self._held, None
+        if held is not None and (held[0].source, held[0].expert) == (linear.source, expert):
+            stored_KN = held[1]
+        else:
+            stored_KN = self._reader.read_slice(linear.source, expert, 0, linear.in_features)
+        if linear.out_start + linear.out_features < stored_KN.shape[1]:
+            self._held = linear, stored_KN
+        return stored_KN
 
 
 class Weights(SourceWeights):

@@ -1,5 +1,6 @@
 """What weights are fitted to: sums over exactly the rows that they see at inference, scores included."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.testing import assert_close
 from llama4_quant.calibration.embed import write_embeddings
 from llama4_quant.calibration.hessian import Moments
 from llama4_quant.calibration.routing import ENOUGH_ROWS, MAX_PRIOR_ROWS, PRIOR_STRENGTH, route
+from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.runtime.experts import MixtureOfExperts
 from llama4_quant.runtime.linear import WeightStorage
 from llama4_quant.runtime.loader import load
@@ -218,3 +220,18 @@ def test_image_features_of_each_model_flow_through(tmp_path: Path, monkeypatch: 
             ]
         assert torch.equal(streams[side], torch.cat(expected)), side
     assert relative(streams["quantized"], streams["original"]) > 1e-3
+
+
+def test_an_experts_weights_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gate and up are one slice of a fused tensor: read once by the equalization, and once by the pass."""
+    source, reads = tiny_checkpoint(tmp_path / "source"), Counter[tuple[str, int]]()
+    read_slice = CheckpointReader.read_slice
+
+    def counted(self: CheckpointReader, name: str, expert: int, *others: Any) -> Tensor:
+        reads[name, expert] += 1
+        return read_slice(self, name, expert, *others)
+
+    monkeypatch.setattr(CheckpointReader, "read_slice", counted)
+    calibrate(source, tmp_path / "out", [token_data(tmp_path / "tokens.jsonl")], scheme=preset("W4A16", group_size=32))
+    assert len(reads) == 2 * 4 * 2
+    assert set(reads.values()) == {2}
