@@ -23,8 +23,8 @@ from llama4_quant.calibration.embed import write_embeddings
 from llama4_quant.calibration.routing import Routing
 from llama4_quant.calibration.rows import RowFile
 from llama4_quant.calibration.sequential import SequentialPass
+from llama4_quant.calibration.source_weights import SourceWeights
 from llama4_quant.calibration.streams import Sequences, Streams
-from llama4_quant.calibration.weights import SourceWeights
 from llama4_quant.checkpoint.files import os_errors, read_own, replace_durably
 from llama4_quant.checkpoint.json_files import MAX_JSON_BYTES, parse_json
 from llama4_quant.checkpoint.reader import CheckpointReader

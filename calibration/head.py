@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from llama4_quant.calibration.decoder import as_quantized_inputs, fast_matmul
 from llama4_quant.calibration.hessian import Moments
+from llama4_quant.calibration.source_weights import SourceWeights
 from llama4_quant.calibration.streams import Streams
-from llama4_quant.calibration.weights import SourceWeights
 from llama4_quant.config import Llama4Config
 
 

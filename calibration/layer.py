@@ -19,8 +19,8 @@ from llama4_quant.calibration.pieces import ATTENTION_ROWS, Inputs, InputsOf, Pi
 from llama4_quant.calibration.records import CacheScaleRecord
 from llama4_quant.calibration.routing import ExpertRows, Routing, route
 from llama4_quant.calibration.rows import RowFile, row_chunks
+from llama4_quant.calibration.source_weights import Pair, SourceWeights
 from llama4_quant.calibration.streams import Sequences, StreamFiles, Streams
-from llama4_quant.calibration.weights import Pair, SourceWeights
 
 
 class LayerPass(Pieces):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llama4_quant.calibration.equalize import Equalizer
-from llama4_quant.calibration.weights import SourceWeights
+from llama4_quant.calibration.source_weights import SourceWeights
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.plan import Plan
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 from llama4_quant.calibration.decoder import as_quantized_inputs, fast_matmul
 from llama4_quant.calibration.hessian import Moments
 from llama4_quant.calibration.rows import RowFile
+from llama4_quant.calibration.source_weights import Pair, SourceWeights
 from llama4_quant.calibration.streams import StreamFiles, Streams
-from llama4_quant.calibration.weights import Pair, SourceWeights
 from llama4_quant.scheme import WeightScheme
 
 ATTENTION_ROWS = 4096

@@ -15,8 +15,9 @@ from llama4_quant.calibration.layer import LayerPass
 from llama4_quant.calibration.records import LayerRecord
 from llama4_quant.calibration.routing import Routing
 from llama4_quant.calibration.settings import SolverSettings
+from llama4_quant.calibration.source_weights import SourceWeights
 from llama4_quant.calibration.streams import Position, Sequences, StreamFiles, Streams, drift
-from llama4_quant.calibration.weights import SourceWeights, is_written
+from llama4_quant.calibration.weights import is_written
 from llama4_quant.config import Llama4Config
 from llama4_quant.plan import Plan
 from llama4_quant.work import WorkItem, item_decisions

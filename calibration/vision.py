@@ -20,9 +20,9 @@ from torch.nn import functional
 from llama4_quant.calibration.decoder import fast_matmul
 from llama4_quant.calibration.pieces import ATTENTION_ROWS
 from llama4_quant.calibration.records import LayerRecord
+from llama4_quant.calibration.source_weights import SourceWeights
 from llama4_quant.calibration.streams import Position, Sequences, StreamFiles, drift
 from llama4_quant.calibration.vision_layers import ADAPTER, PROJECTOR, TOWER, AdapterPass, VisionLayerPass, layer_norm
-from llama4_quant.calibration.weights import SourceWeights
 from llama4_quant.checkpoint.files import os_errors
 from llama4_quant.config import Llama4Config
 from llama4_quant.runtime.linear import Builder

@@ -11,8 +11,8 @@ from torch.nn import functional
 from llama4_quant.calibration.decoder import fast_matmul
 from llama4_quant.calibration.pieces import ATTENTION_ROWS, Inputs, Pieces
 from llama4_quant.calibration.rows import row_chunks
+from llama4_quant.calibration.source_weights import SourceWeights
 from llama4_quant.calibration.streams import Sequences, StreamFiles, Streams
-from llama4_quant.calibration.weights import SourceWeights
 from llama4_quant.config import VisionConfig
 from llama4_quant.runtime.rope import VisionRotary
 from llama4_quant.runtime.vision import LAYER_NORM_EPS, VisionAttention, pixel_shuffle
