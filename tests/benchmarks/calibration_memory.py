@@ -52,11 +52,11 @@ print(json.dumps({
 
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
-    """One MoE layer with real attention, and a small vocabulary."""
+    """One MoE layer with real attention."""
     hidden = options.hidden
     return {
-        "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "vocab_size": 256, "hidden_size": hidden,
-        "intermediate_size": options.intermediate, "intermediate_size_mlp": options.intermediate,
+        "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "vocab_size": options.vocabulary,
+        "hidden_size": hidden, "intermediate_size": options.intermediate, "intermediate_size_mlp": options.intermediate,
         "num_hidden_layers": 1, "interleave_moe_layer_step": 1, "num_attention_heads": hidden // 128,
         "num_key_value_heads": max(1, hidden // 640), "head_dim": 128, "num_local_experts": options.experts,
         "num_experts_per_tok": 1, "attention_chunk_size": 8192, "use_qk_norm": True, "rms_norm_eps": 1e-5,
@@ -89,11 +89,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--intermediate", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=256, help="with --quantize lm-head: 202048 in Llama 4")
     parser.add_argument("--num-samples", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--quantize", nargs="*", default=[], help="attention, for more and longer work")
+    parser.add_argument("--quantize", nargs="*", default=[], help="attention, lm-head, for more and longer work")
     parser.add_argument("--algorithms", nargs="+", default=["gptq", "best"])
     parser.add_argument("--folder", type=Path, help="where to put the files (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
