@@ -18,7 +18,7 @@ from llama4_quant.errors import QuantizationError
 from llama4_quant.plan import Plan
 from llama4_quant.quantizers.fp8 import GRID
 from llama4_quant.quantizers.search import choose_scales
-from llama4_quant.runtime.cache import CacheScales
+from llama4_quant.runtime.cache_formats import CacheScales
 from llama4_quant.work import WorkItem, cache_items
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from llama4_quant.config import TextConfig
 from llama4_quant.ops.reference import round_activations_fp8
 from llama4_quant.runtime.attention import Attention, Step, TextAttention
-from llama4_quant.runtime.cache import CacheScales
+from llama4_quant.runtime.cache_formats import CacheScales
 from llama4_quant.runtime.linear import Builder
 from llama4_quant.runtime.rope import TextRotary
 from llama4_quant.runtime.text import make_step

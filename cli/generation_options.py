@@ -16,7 +16,7 @@ from llama4_quant.cli.options import (
     scheme_options,
 )
 from llama4_quant.cli.progress import byte_progress
-from llama4_quant.runtime.cache_buffers import CacheDtype
+from llama4_quant.runtime.cache_formats import CacheDtype
 from llama4_quant.runtime.loader import load, load_size
 from llama4_quant.runtime.pipeline import Pipeline
 from llama4_quant.runtime.sampling import DEFAULT_PREFILL_CHUNK_SIZE, GenerationSettings
@@ -98,7 +98,7 @@ def sampling_options() -> Decorator:
                 type=click.Choice([kind.value for kind in CacheDtype]),
                 default=CacheDtype.AUTO.value,
                 show_default=True,
-                help="How keys and values are kept: auto is --dtype; fp8 and int8 take one byte.",
+                help="How keys and values are kept; auto: fp8 if MODEL has scales for it, else --dtype.",
             ),
             click.option("--seed", default=0, show_default=True, help="Of the random numbers."),
         ]

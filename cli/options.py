@@ -200,7 +200,7 @@ def device_options() -> Decorator:
             type=click.Choice([kind.value for kind in Attention]),
             default=Attention.SDPA.value,
             show_default=True,
-            help="sdpa is torch's fused attention; eager is for checking.",
+            help="sdpa is torch's fused attention; flex its compiled flex_attention; eager is for checking.",
         ),
         kernel_option,
         click.option(

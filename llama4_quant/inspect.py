@@ -11,9 +11,9 @@ from llama4_quant.errors import UsageError
 from llama4_quant.ops import KernelCount
 from llama4_quant.plan import make_plan
 from llama4_quant.runtime.cache import cache_bytes
+from llama4_quant.runtime.cache_formats import CacheDtype
 from llama4_quant.runtime.model import Llama4Model
-from llama4_quant.runtime.sampling import DEFAULT_PREFILL_CHUNK_SIZE
-from llama4_quant.stored import quantization_section, quantized_weights
+from llama4_quant.stored import cache_scale_names, quantization_section, quantized_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ def inspect(
         source: a local directory, or a Hub id.
         kernels: also say which backend would run its weights on this machine's processor in bfloat16. The first time
             that compiles the native kernels.
-        context: also say what the KV cache of so many tokens takes in bfloat16.
+        context: also say what the KV cache of so many tokens takes, by how it is kept.
         revision: branch, tag or commit of a Hub id.
 
     Raises:
@@ -80,7 +80,7 @@ def inspect(
         weights = tuple(_weights(config, reader))
         return Inspection(
             source=str(source),
-            facts=(*_facts(config), *([] if context is None else [_cache_fact(config.text, context)])),
+            facts=(*_facts(config), *([] if context is None else _cache_facts(config, reader, context))),
             roles=_count(weights),
             weights=weights,
             num_weights=sum(weight.num_weights for weight in weights),
@@ -149,13 +149,17 @@ def _facts(config: Llama4Config) -> tuple[tuple[str, str], ...]:
     return (*facts, *(_vision_facts(config.vision) if config.vision else [("vision", "none")]))
 
 
-def _cache_fact(text: TextConfig, context: int) -> tuple[str, str]:
-    predicted = cache_bytes(text, context, prefill_chunk_size=DEFAULT_PREFILL_CHUNK_SIZE)
-    naive = cache_bytes(replace(text, attention_chunk_size=None), context)
-    return (
-        f"KV cache, {context:,} tokens",
-        f"{predicted:,} bytes ({predicted / naive:.0%} of one that forgets nothing)",
-    )
+def _cache_facts(config: Llama4Config, reader: CheckpointReader, context: int) -> list[tuple[str, str]]:
+    text, has_scales = config.text, bool(cache_scale_names(config, reader.tensors))
+    everything = cache_bytes(replace(text, attention_chunk_size=None), context, kind=CacheDtype.BF16)
+    sizes = {
+        kind: cache_bytes(text, context, kind=kind, has_scales=has_scales)
+        for kind in (CacheDtype.BF16, CacheDtype.FP8, CacheDtype.INT8)
+    }
+    return [
+        (f"KV cache, {context:,} tokens, {kind}", f"{size:,} bytes ({size / everything:.0%} of bf16 for every layer)")
+        for kind, size in sizes.items()
+    ]
 
 
 def _text_facts(text: TextConfig) -> list[tuple[str, str]]:

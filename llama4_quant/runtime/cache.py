@@ -1,39 +1,29 @@
-"""Keys and values of tokens already computed.
+"""Keys and values of tokens already computed, and how many bytes they take.
 
-Each layer keeps a buffer [B, G, capacity, D] for its keys and one for its values (cache_buffers.py). Columns count
-along the padded sequence. A RoPE layer attends to the current chunk only, so once a chunk is behind every row of the
-batch its columns are forgotten: with a context much longer than `attention_chunk_size`, three layers of four hold no
-more than one chunk and what is computed at a time.
-Buffers of layers that see everything grow by doubling where it is not known ahead how long they get; how large all of
-them are at any time is what `Capacity` says, which `cache_bytes` asks without allocating anything.
+Columns count along the padded sequence. A RoPE layer attends to the current chunk only: what a token in column c may
+see lies in columns (c - attention_chunk_size, c], whatever the padding of its row. So such a layer has room for one
+chunk, and column c lies in place c modulo `attention_chunk_size`: with a context much longer than a chunk, three layers
+of four take next to nothing. A NoPE layer keeps every column, in order.
 
-Shape letters: B batch, D head dimension, G key-value heads, S columns kept, T new columns.
+Room is allocated in blocks that never move. The first has what was asked for, and where that does not suffice each
+further one has an eighth of what there is. So nothing is ever copied, there is no peak while a cache grows, and what
+is allocated follows from the number of columns: `cache_bytes` says it without allocating anything.
+
+Shape letters: B batch, D head dimension, G key-value heads, S columns, T new columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llama4_quant.config import TextConfig
-from llama4_quant.ops.reference import round_fp8
-from llama4_quant.runtime.cache_buffers import CacheDtype, CodedBuffer, PlainBuffer
+from llama4_quant.errors import UsageError
+from llama4_quant.runtime.cache_formats import CacheDtype, CacheScales, LayerFormat, Stored
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheScales:
-    """Scales of one layer's FP8 cache: keys and values are kept as multiples of these.
-
-    Here they are rounded to what such a cache can hold, and stay in the model's dtype.
-    """
-
-    key: float
-    value: float
-
-    def round(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as they come out of the cache."""
-        return round_fp8(keys, self.key), round_fp8(values, self.value)
+_GROWTH = 256
+"""Blocks after the first have multiples of so many columns."""
 
 
 def first_visible_column(padding: int, column: int, chunk_size: int | None) -> int:
@@ -49,115 +39,166 @@ def first_visible_column(padding: int, column: int, chunk_size: int | None) -> i
     return padding + max(0, column - padding) // chunk_size * chunk_size
 
 
-GROWTH = 256
-"""Columns by which buffers of chunked layers grow."""
+def allocated_columns(num_columns: int, reserved: int, window: int | None) -> Iterator[int]:
+    """Sizes of the blocks that a layer has once it has stored `num_columns` columns.
+
+    Args:
+        num_columns: stored.
+        reserved: columns asked for at the start.
+        window: columns of a layer that keeps no more; None for one that keeps all.
+    """
+    needed = num_columns if window is None else min(num_columns, window)
+    total = reserved if window is None else min(reserved, window)
+    yield total
+    while total < needed:
+        size = -(-max(1, total // 8) // _GROWTH) * _GROWTH
+        if window is not None:
+            size = min(size, window - total)
+        total += size
+        yield size
 
 
-@dataclass(slots=True)
-class Capacity:
-    """How many columns a layer's buffer has room for, as columns come and go.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyValues:
+    """Keys and values [B, G, S, D] of consecutive columns, as attention takes them.
 
     Attributes:
-        chunk_size: of a layer that forgets, or None.
-        least: never less; room from the start.
-        columns: the present room.
-        first: the oldest column kept.
+        start: the first column.
     """
 
-    chunk_size: int | None
-    least: int
-    columns: int = 0
-    first: int = 0
+    start: int
+    keys: Tensor
+    values: Tensor
 
-    def __post_init__(self) -> None:
-        self.least = min(self.least, self.chunk_size or self.least)
-        self.columns = self.least
+    @property
+    def stop(self) -> int:
+        """The column after the last."""
+        return self.start + self.keys.shape[2]
 
-    def make_room(self, length: int) -> bool:
-        """Have room for columns up to `length`; whether there has to be a larger buffer."""
-        needed = length - self.first
-        if needed <= self.columns:
-            return False
-        self.columns = max(needed, 2 * self.columns) if self.chunk_size is None else -(-needed // GROWTH) * GROWTH
-        return True
 
-    def forget_before(self, column: int, length: int) -> bool:
-        """Keep the columns from `column` on of `length`; whether the buffer changes."""
-        if column <= self.first:
-            return False
-        self.first, self.columns = column, max(length - column, self.least)
-        return True
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Places [start, stop) of a layer."""
+
+    start: int
+    stop: int
+    keys: Stored
+    values: Stored
 
 
 class LayerCache:
-    """Keys and values of one layer, for columns from `first` on."""
+    """Keys and values of one layer.
+
+    Attributes:
+        format: how they are stored.
+        first: the oldest column that is still there.
+    """
 
     def __init__(
         self,
         shape: tuple[int, int, int],
-        capacity: Capacity,
-        dtype: torch.dtype,
+        layer_format: LayerFormat,
         device: torch.device,
         *,
-        kind: CacheDtype = CacheDtype.AUTO,
-        scales: CacheScales | None = None,
+        reserved: int,
+        window: int | None,
     ) -> None:
         """Allocate.
 
         Args:
             shape: [B, G, D].
-            capacity: of the layer.
-            dtype: the model's.
+            layer_format: how keys and values are stored.
             device: where.
-            kind: how keys and values are kept.
-            scales: the checkpoint's, for FP8.
+            reserved: columns to allocate now.
+            window: keep no more than so many columns; None keeps all.
         """
-        batch, heads, dim = shape
-        self._capacity = capacity
-        self._keys, self._values = (
-            PlainBuffer((batch, heads, capacity.columns, dim), dtype, device)
-            if kind is CacheDtype.AUTO
-            else CodedBuffer((batch, heads, capacity.columns, dim), dtype, device, kind=kind, scale=scale)
-            for scale in ((None, None) if scales is None else (scales.key, scales.value))
-        )
-
-    @property
-    def first(self) -> int:
-        """The oldest column kept."""
-        return self._capacity.first
+        self.format = layer_format
+        self.first = 0
+        self._shape, self._device, self._reserved, self._window = shape, device, reserved, window
+        self._blocks: list[Block] = []
+        self._make_room(0)
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        return self._keys.num_bytes + self._values.num_bytes
+        return sum(block.keys.num_bytes + block.values.num_bytes for block in self._blocks)
 
-    def append(self, keys: Tensor, values: Tensor, past: int) -> tuple[Tensor, Tensor]:
-        """Store columns [past, past + T) and give everything from `first` on.
+    def decoded_column_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a column's keys and values, of all rows, in `dtype`."""
+        batch, heads, dim = self._shape
+        return 2 * batch * heads * dim * dtype.itemsize
+
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[Stored, Stored]:
+        """New keys and values [B, G, T, D] as `store` takes them."""
+        return self.format.key.encode(keys), self.format.value.encode(values)
+
+    def decode(self, start: int, new: tuple[Stored, Stored], dtype: torch.dtype) -> KeyValues:
+        """Encoded keys and values as attention takes them, as if they had been stored from column `start` on."""
+        keys, values = new
+        return KeyValues(
+            start=start, keys=self.format.key.decode(keys, dtype), values=self.format.value.decode(values, dtype)
+        )
+
+    def store(self, start: int, new: tuple[Stored, Stored]) -> None:
+        """Store encoded keys and values from column `start` on; a window keeps the last of them."""
+        keys, values = new
+        stop = start + keys.codes.shape[2]
+        kept = start if self._window is None else max(start, stop - self._window)
+        self._make_room(stop)
+        for column, block, places in self._places(kept, stop):
+            part = slice(column - start, column - start + places.stop - places.start)
+            block.keys.part(places).copy_(keys.part(part))
+            block.values.part(places).copy_(values.part(part))
+        if self._window is not None:
+            self.first = max(self.first, stop - self._window)
+
+    def read(
+        self, start: int, stop: int, dtype: torch.dtype, *, rows: slice = slice(None), max_columns: int
+    ) -> Iterator[KeyValues]:
+        """Columns [start, stop) of some rows in pieces, in order.
 
         Args:
-            keys: [B, G, T, D].
-            values: [B, G, T, D].
-            past: columns stored before; later ones, left by a step that failed, are overwritten.
+            start: the first column.
+            stop: after the last.
+            dtype: of what is read. What is stored in it is read as views; else pieces are decoded when their turn
+                comes, and have at most `max_columns`.
+            rows: of the batch.
+            max_columns: bounds the memory for a piece that is decoded.
 
-        Returns:
-            The keys and values [B, G, S, D] kept, new ones included: views, or of codes what they stand for.
+        Raises:
+            UsageError: some are no longer there, because a step failed half-way through the layers.
         """
-        start, stop = past - self.first, past - self.first + keys.shape[2]
-        if self._capacity.make_room(past + keys.shape[2]):
-            self._move(slice(0, start))
-        self._keys.put(start, keys)
-        self._values.put(start, values)
-        return self._keys.get(stop), self._values.get(stop)
+        if start < self.first:
+            raise UsageError(
+                f"the cache holds columns from {self.first} on, and column {start} is needed: an earlier call failed "
+                "after it had replaced them; compute the sequence again in a new cache"
+            )
+        step = stop - start if self.format.key.dtype == dtype else max_columns
+        for column, block, places in self._places(start, stop):
+            for first in range(places.start, places.stop, step):
+                part = slice(first, min(first + step, places.stop))
+                stored = block.keys.part(part, rows), block.values.part(part, rows)
+                yield self.decode(column + first - places.start, stored, dtype)
 
-    def forget_before(self, column: int, length: int) -> None:
-        """Drop the columns before `column` of `length` columns, and the memory that only they needed."""
-        first = self.first
-        if self._capacity.forget_before(column, length):
-            self._move(slice(column - first, length - first))
+    def _places(self, start: int, stop: int) -> Iterator[tuple[int, Block, slice]]:
+        """Where columns [start, stop) lie: first column, block, and places in it."""
+        column = start
+        while column < stop:
+            place = column if self._window is None else column % self._window
+            block = next(block for block in self._blocks if place < block.stop)
+            size = min(stop - column, block.stop - place)
+            yield column, block, slice(place - block.start, place - block.start + size)
+            column += size
 
-    def _move(self, kept: slice) -> None:
-        self._keys.move(kept, self._capacity.columns)
-        self._values.move(kept, self._capacity.columns)
+    def _make_room(self, num_columns: int) -> None:
+        sizes = list(allocated_columns(num_columns, self._reserved, self._window))
+        batch, heads, dim = self._shape
+        for size in sizes[len(self._blocks) :]:
+            start = self._blocks[-1].stop if self._blocks else 0
+            keys, values = (
+                kind.allocate((batch, heads, size, dim), self._device) for kind in (self.format.key, self.format.value)
+            )
+            self._blocks.append(Block(start=start, stop=start + size, keys=keys, values=values))
 
 
 class KVCache:
@@ -194,18 +235,10 @@ class KVCache:
         self.length = 0
         self.padding = (0,) * batch_size
         self._chunk_sizes = _chunk_sizes(config)
+        shape = (batch_size, config.num_key_value_heads, config.head_dim)
         self.layers = tuple(
-            LayerCache(
-                (batch_size, config.num_key_value_heads, config.head_dim),
-                Capacity(chunk_size, capacity),
-                dtype,
-                device,
-                kind=kind,
-                scales=layer_scales,
-            )
-            for chunk_size, layer_scales in zip(
-                self._chunk_sizes, scales or [None] * len(self._chunk_sizes), strict=True
-            )
+            LayerCache(shape, LayerFormat.choose(kind, dtype, own_scales), device, reserved=capacity, window=chunk_size)
+            for chunk_size, own_scales in zip(self._chunk_sizes, scales or [None] * len(self._chunk_sizes), strict=True)
         )
 
     @property
@@ -219,24 +252,20 @@ class KVCache:
         return sum(layer.num_bytes for layer in self.layers)
 
     def advance(self, num_columns: int, padding: tuple[int, ...]) -> None:
-        """Count `num_columns` as computed, now that every layer has stored them; forget what nobody will see again.
+        """Count `num_columns` as computed, now that every layer has stored them.
 
         Args:
-            num_columns: columns that every layer appended since the last call.
+            num_columns: columns that every layer stored since the last call.
             padding: each row's columns of padding on the left, those of earlier steps included.
         """
         self.length += num_columns
         self.padding = padding
-        for layer, chunk_size in zip(self.layers, self._chunk_sizes, strict=True):
-            if chunk_size is not None:
-                oldest = min(first_visible_column(pad, self.length, chunk_size) for pad in padding)
-                layer.forget_before(oldest, self.length)
 
     def rewind(self, length: int) -> bool:
         """Forget the columns from `length` on, if all that a token in column `length` may see is still there.
 
         Returns:
-            Whether that was so; if not, nothing has changed: a layer with chunks keeps the newest chunk only.
+            Whether that was so; if not, nothing has changed: a layer with chunks keeps one chunk's columns only.
         """
         oldest = (
             min(first_visible_column(pad, length, chunk_size) for pad in self.padding)
@@ -256,36 +285,25 @@ def cache_bytes(
     dtype: torch.dtype = torch.bfloat16,
     kind: CacheDtype = CacheDtype.AUTO,
     has_scales: bool = False,
-    prefill_chunk_size: int | None = None,
     capacity: int | None = None,
 ) -> int:
-    """The most bytes that a cache has allocated while `num_tokens` columns without padding go in.
+    """Bytes that a cache has allocated once `num_tokens` columns are in it; before, it has no more.
+
+    That does not depend on how many columns are computed at a time.
 
     Args:
         config: the decoder.
-        num_tokens: columns.
+        num_tokens: columns, padding included.
         batch_size: rows.
         dtype: the model's.
         kind: how keys and values are kept.
         has_scales: the checkpoint has scales for FP8.
-        prefill_chunk_size: columns computed at a time, counted from the first; None for all at once.
         capacity: as given to `KVCache`; None for `num_tokens`.
-
-    While a buffer grows, the old one is there too; with enough `capacity` none does but those of chunked layers.
     """
-    step = prefill_chunk_size or max(1, num_tokens)
-    layers = [Capacity(chunk_size, capacity or num_tokens) for chunk_size in _chunk_sizes(config)]
-    most = sum(layer.columns for layer in layers)
-    for start in range(0, num_tokens, step):
-        length = min(start + step, num_tokens)
-        for layer in layers:
-            layer.make_room(length)
-        most = max(most, sum(layer.columns for layer in layers))
-        for layer in layers:
-            if layer.chunk_size is not None:
-                layer.forget_before(first_visible_column(0, length, layer.chunk_size), length)
-    num_bytes = kind.column_bytes(dtype, config.head_dim, has_scale=has_scales)
-    return 2 * most * batch_size * config.num_key_value_heads * num_bytes
+    reserved = num_tokens if capacity is None else capacity
+    num_columns = sum(sum(allocated_columns(num_tokens, reserved, window)) for window in _chunk_sizes(config))
+    layer_format = LayerFormat.choose(kind, dtype, CacheScales(key=1.0, value=1.0) if has_scales else None)
+    return num_columns * batch_size * config.num_key_value_heads * layer_format.column_bytes(config.head_dim)
 
 
 def _chunk_sizes(config: TextConfig) -> list[int | None]:

@@ -18,8 +18,9 @@ from llama4_quant.errors import CheckpointError, UsageError
 from llama4_quant.ops import Kernel
 from llama4_quant.plan import make_plan
 from llama4_quant.quantizers.backend import Backend, choose_backend
+from llama4_quant.runtime import flex
 from llama4_quant.runtime.attention import Attention
-from llama4_quant.runtime.cache import CacheScales
+from llama4_quant.runtime.cache_formats import CacheScales
 from llama4_quant.runtime.expert_store import Offload
 from llama4_quant.runtime.head import HeadFiller, head_scheme, refuse_second_scheme
 from llama4_quant.runtime.model import Llama4Model
@@ -60,7 +61,7 @@ def load(
         device: where the model goes.
         dtype: compute dtype, and dtype of weights that are not quantized.
         revision: branch, tag or commit of a Hub id.
-        attention: "sdpa" or "eager".
+        attention: "sdpa", "eager", or "flex" where torch can compile its `flex_attention`.
         kernel: what multiplies with the weights: "native", "torch", "reference", or "auto" for the first of these that
             can, weight by weight; `model.kernels()` says what it became.
         lm_head: quantize the head while loading, whatever else is quantized: "int8" or "int4".
@@ -161,6 +162,8 @@ def _placement(
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!s} cannot be used here: {str(error).splitlines()[0]}") from error
     assert chosen is not None
+    if attention == Attention.FLEX:
+        flex.require(place, chosen)
     return _Target(place, chosen, Attention(attention), Kernel.parse(kernel), head_scheme(lm_head), offload)
 
 

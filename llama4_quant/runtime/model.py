@@ -33,8 +33,8 @@ from llama4_quant import ops
 from llama4_quant.architecture import LinearSpec, Llama4Config
 from llama4_quant.errors import UsageError
 from llama4_quant.runtime.attention import Attention, TextAttention
-from llama4_quant.runtime.cache import CacheScales, KVCache
-from llama4_quant.runtime.cache_buffers import CacheDtype
+from llama4_quant.runtime.cache import KVCache
+from llama4_quant.runtime.cache_formats import CacheDtype, CacheScales
 from llama4_quant.runtime.expert_store import ExpertStore
 from llama4_quant.runtime.experts import MixtureOfExperts
 from llama4_quant.runtime.linear import Builder, WeightStorage
@@ -84,7 +84,7 @@ class Llama4Model(nn.Module):
             scheme_of: how each linear weight is stored, by `LinearSpec.name`; None for an unquantized one.
             dtype: compute dtype and dtype of unquantized weights.
             device: where to allocate; on meta, call `materialize` before filling.
-            attention: `sdpa` or `eager`.
+            attention: `sdpa`, `eager` or `flex`.
             kernel: what runs the weights: a backend, or `auto` for the first that can, weight by weight.
             lm_head: store the head like this, whatever `scheme_of` says; one that is tied to the embeddings gets
                 storage of its own.
@@ -211,7 +211,8 @@ class Llama4Model(nn.Module):
         Args:
             batch_size: rows.
             capacity: tokens of each.
-            dtype: how keys and values are kept: `auto` is the model's dtype; `fp8` and `int8` take one byte.
+            dtype: how keys and values are kept: `auto` is `fp8` for a checkpoint that has scales for it, else the
+                model's dtype; `fp8` and `int8` take one byte.
 
         Raises:
             UsageError: unknown dtype.

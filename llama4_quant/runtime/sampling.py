@@ -16,7 +16,7 @@ from torch import Tensor
 from llama4_quant.checkpoint.json_files import read_json, shown
 from llama4_quant.config_fields import Fields
 from llama4_quant.errors import ConfigError, Llama4QuantError, UsageError
-from llama4_quant.runtime.cache_buffers import CacheDtype
+from llama4_quant.runtime.cache_formats import CacheDtype
 
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 64, 1024
 """Of texts that end a row: their number, and the characters of each."""
@@ -47,7 +47,8 @@ class GenerationSettings:
         eos_token_ids: tokens that end a row; None for those of the model's config.json.
         prefill_chunk_size: columns of a prompt that are computed at a time, which bounds memory and changes nothing
             else but the order of some sums; None for all at once.
-        kv_cache_dtype: how keys and values are kept: "auto" in the model's dtype, "fp8" or "int8" in one byte.
+        kv_cache_dtype: how keys and values are kept: "auto" (fp8 for a checkpoint with scales for it, else the model's
+            dtype), "bf16", or in one byte "fp8" or "int8".
         pad_token_id: what an ended row is filled with; None for the model's, or else its first eos token.
         logprobs: also give the log-probability of every chosen token.
     """

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llama4_quant.config import TextConfig
-from llama4_quant.runtime.attention import Attention, Step, TextAttention, plan_segments, query_temperature
+from llama4_quant.runtime import flex
+from llama4_quant.runtime.attention import Attention, Step, TextAttention, Visible, query_temperature
 from llama4_quant.runtime.cache import KVCache, LayerCache
 from llama4_quant.runtime.experts import MLP, MixtureOfExperts
 from llama4_quant.runtime.linear import Builder
 from llama4_quant.runtime.rope import TextRotary
+from llama4_quant.runtime.visibility import plan_segments
 
 
 class RMSNorm(nn.Module):
@@ -76,6 +78,7 @@ class TextModel(nn.Module):
     def __init__(self, config: TextConfig, builder: Builder, attention: Attention) -> None:
         super().__init__()
         self.config = config
+        self.attention = attention
         self.embed_tokens = Embedding(builder, config.vocab_size, config.hidden_size)
         layers = builder.child("layers")
         self.layers = nn.ModuleList(
@@ -97,7 +100,15 @@ class TextModel(nn.Module):
             Normalized hidden states [B, T, H].
         """
         past = 0 if cache is None else cache.length
-        step = make_step(self.config, self.rotary, new=x_BTH.shape[1], past=past, padding=padding, device=x_BTH.device)
+        step = make_step(
+            self.config,
+            self.rotary,
+            new=x_BTH.shape[1],
+            past=past,
+            padding=padding,
+            device=x_BTH.device,
+            attention=self.attention,
+        )
         for index, layer in enumerate(self.layers):
             x_BTH = layer(x_BTH, step, None if cache is None else cache.layers[index])
         y_BTH: Tensor = self.norm(x_BTH)
@@ -105,7 +116,14 @@ class TextModel(nn.Module):
 
 
 def make_step(
-    config: TextConfig, rotary: TextRotary, *, new: int, past: int, padding: Sequence[int], device: torch.device
+    config: TextConfig,
+    rotary: TextRotary,
+    *,
+    new: int,
+    past: int,
+    padding: Sequence[int],
+    device: torch.device,
+    attention: Attention = Attention.SDPA,
 ) -> Step:
     """What the layers of one forward pass share, for `new` columns after `past` ones."""
     columns = torch.arange(past, past + new, device=device)
@@ -115,13 +133,18 @@ def make_step(
     temperature = None
     if config.attn_temperature_tuning:
         temperature = query_temperature(positions_BT, config.floor_scale, config.attn_scale)
-    full = plan_segments(padding, past, new, None, device)
+
+    def plan(chunk_size: int | None) -> Visible:
+        make = flex.plan if attention is Attention.FLEX else plan_segments
+        return make(padding, past, new, chunk_size, device)
+
+    full = plan(None)
     longest = past + new - min(padding)
     is_chunked = config.attention_chunk_size is not None and longest > config.attention_chunk_size
     return Step(
         past=past,
         rotation=rotary(positions_BT),
         temperature=temperature,
-        chunked=plan_segments(padding, past, new, config.attention_chunk_size, device) if is_chunked else full,
+        chunked=plan(config.attention_chunk_size) if is_chunked else full,
         full=full,
     )

@@ -37,7 +37,7 @@ from llama4_quant.evaluation.checkpoints import text_windows
 from llama4_quant.evaluation.measure import NamedModel, evaluate
 from llama4_quant.ops.reference import round_fp8
 from llama4_quant.runtime.attention import TextAttention
-from llama4_quant.runtime.cache import CacheScales
+from llama4_quant.runtime.cache_formats import CacheScales
 from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
 

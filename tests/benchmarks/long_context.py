@@ -49,7 +49,7 @@ with torch.inference_mode():
     logits = model.prefill(ids, cache=cache, chunk_size=step)
     seconds = time.perf_counter() - started
 assert bool(torch.isfinite(logits).all())
-predicted = cache_bytes(model.config.text, num_tokens, prefill_chunk_size=step)
+predicted = cache_bytes(model.config.text, num_tokens)
 print(json.dumps({"seconds": seconds, "cache": max(seen), "predicted": predicted, "peak": peak() - before}))
 """
 )

@@ -13,6 +13,7 @@ from llama4_quant.architecture import Llama4Config
 from llama4_quant.cli.main import cli, main
 from llama4_quant.plan import make_plan
 from llama4_quant.runtime.cache import cache_bytes
+from llama4_quant.runtime.cache_formats import CacheDtype
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
 
 PROMPT = "Return a new string object with"
@@ -182,8 +183,9 @@ def test_inspect_json(run: object) -> None:
 def test_inspect_says_what_a_cache_takes(run: object) -> None:
     facts = dict(json.loads(run("inspect", SAMPLE_DIR, "--context", 1000, "--json").out)["facts"])
     text = Llama4Config.from_dict(json.loads((SAMPLE_DIR / "config.json").read_text())).text
-    predicted = cache_bytes(text, 1000, prefill_chunk_size=2048)
-    assert facts["KV cache, 1,000 tokens"].startswith(f"{predicted:,} bytes (")
+    for kind in ("bf16", "fp8", "int8"):
+        predicted = cache_bytes(text, 1000, kind=CacheDtype(kind))
+        assert facts[f"KV cache, 1,000 tokens, {kind}"].startswith(f"{predicted:,} bytes (")
     refused = run("inspect", SAMPLE_DIR, "--context", 0)
     assert refused.code == 1
     assert "context is 0, expected at least 1" in refused.err
