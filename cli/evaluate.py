@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from llama4_quant.checkpoint.source import resolve
+from llama4_quant.cli.config_file import configurable
+from llama4_quant.cli.generation_options import cache_options
 from llama4_quant.cli.options import (
     EXISTING_FILE,
     SCHEMES,
@@ -21,6 +23,7 @@ from llama4_quant.evaluation.checkpoints import evaluate, text_windows
 from llama4_quant.evaluation.report import render
 
 
+@configurable(rare=("--prefill-chunk-size", "--kv-cache-dtype", "--expert-cache"))
 @click.command("eval", short_help="Measure perplexity, and KL divergence to a reference.")
 @click.argument("model", metavar="MODEL")
 @click.option(
@@ -36,6 +39,7 @@ from llama4_quant.evaluation.report import render
 @click.option("--batch-size", default=1, show_default=True, help="Windows per forward pass.")
 @scheme_options(scheme_help=f"Quantize MODEL (BF16) while loading: {SCHEMES}.", default=None)
 @device_options()
+@cache_options()
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @json_option
 def eval_command(

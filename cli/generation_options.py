@@ -69,6 +69,28 @@ def load_pipeline(model: str, settings: dict[str, Any], *, quiet: bool) -> Pipel
     return Pipeline.around(loaded, folder)
 
 
+def cache_options() -> Decorator:
+    """--prefill-chunk-size and --kv-cache-dtype."""
+    return chain(
+        [
+            click.option(
+                "--prefill-chunk-size",
+                type=int,
+                default=DEFAULT_PREFILL_CHUNK_SIZE,
+                show_default=True,
+                help="Tokens of a prompt, or of a window, that are computed at a time: bounds memory.",
+            ),
+            click.option(
+                "--kv-cache-dtype",
+                type=click.Choice([kind.value for kind in CacheDtype]),
+                default=CacheDtype.AUTO.value,
+                show_default=True,
+                help="How keys and values are kept; auto: fp8 if MODEL has scales for it, else --dtype.",
+            ),
+        ]
+    )
+
+
 def sampling_options() -> Decorator:
     """How to choose tokens and when to end; `sampling_settings` reads them."""
     return chain(
@@ -86,20 +108,7 @@ def sampling_options() -> Decorator:
             click.option("--presence-penalty", type=float, help="Taken off the logits of tokens in the answer."),
             click.option("--frequency-penalty", type=float, help="The same, as often as they are in the answer."),
             click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
-            click.option(
-                "--prefill-chunk-size",
-                type=int,
-                default=DEFAULT_PREFILL_CHUNK_SIZE,
-                show_default=True,
-                help="Tokens of a prompt that are computed at a time: bounds memory.",
-            ),
-            click.option(
-                "--kv-cache-dtype",
-                type=click.Choice([kind.value for kind in CacheDtype]),
-                default=CacheDtype.AUTO.value,
-                show_default=True,
-                help="How keys and values are kept; auto: fp8 if MODEL has scales for it, else --dtype.",
-            ),
+            cache_options(),
             click.option("--seed", default=0, show_default=True, help="Of the random numbers."),
         ]
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4_quant.config import TextConfig
+from llama4_quant.ops import Kernel, native_attention
 from llama4_quant.runtime import flex, partial
 from llama4_quant.runtime.cache import KeyValues, LayerCache
 from llama4_quant.runtime.cache_formats import CacheScales
@@ -34,7 +35,7 @@ class Attention(StrEnum):
     """How softmax(Q K^T) V is computed."""
 
     SDPA = "sdpa"
-    """torch's fused kernel behind `scaled_dot_product_attention`."""
+    """torch's fused kernel behind `scaled_dot_product_attention`; for single tokens, on processors, one of ours."""
     EAGER = "eager"
     """Matrix products and a softmax in fp32, for reading and for checking."""
     FLEX = "flex"
@@ -70,7 +71,13 @@ def query_temperature(positions_BT: Tensor, floor_scale: int, attn_scale: float)
 
 
 def attend(
-    q_BHTD: Tensor, new: KeyValues | None, cache: LayerCache | None, visible: Visible, kind: Attention
+    q_BHTD: Tensor,
+    new: KeyValues | None,
+    cache: LayerCache | None,
+    visible: Visible,
+    kind: Attention,
+    *,
+    is_native: bool = False,
 ) -> Tensor:
     """Attention of new tokens to the cache and to each other.
 
@@ -80,6 +87,7 @@ def attend(
         cache: of the columns before `new`; None if there are none.
         visible: who sees whom.
         kind: how to compute; flex goes with a `visible` of its own.
+        is_native: for a single token, let the compiled kernel read a cache that it knows.
 
     Returns:
         [B, T, H, D]; of padding, anything finite.
@@ -88,6 +96,8 @@ def attend(
         pieces = (piece for piece, _ in _pieces(q_BHTD, new, cache, slice(None), visible.key_start, visible.stop))
         return flex.attend(q_BHTD, list(pieces), visible).transpose(1, 2)
     if q_BHTD.shape[2] == 1:
+        if is_native and cache is not None and new is None and cache.format.key.dtype in native_attention.READS:
+            return _natively(q_BHTD, cache, visible[0]).transpose(1, 2)
         return _segment(q_BHTD, new, cache, visible[0], kind).transpose(1, 2)
     assert new is not None, "several queries come with their keys"
     batch_size, num_heads, num_new, dim = q_BHTD.shape
@@ -107,6 +117,28 @@ def _segment(q: Tensor, new: KeyValues | None, cache: LayerCache | None, segment
         return _on_device(calls).view(q.shape)
     compute = partial.fused if kind is Attention.SDPA else partial.products
     return partial.merged(compute(**call) for call in calls).view(q.shape)
+
+
+def _natively(q: Tensor, cache: LayerCache, segment: Segment) -> Tensor:
+    """A single query per head to a cache as it is stored, which is read once: [B, H, 1, D]."""
+    key_scale, value_scale = (kind.scale or 1.0 for kind in (cache.format.key, cache.format.value))
+    parts = []
+    for start, keys, values in cache.stored(segment.key_start, segment.stop):
+        bias, first = segment.bias, start - segment.key_start
+        bias = None if bias is None else bias[..., first : first + keys.codes.shape[2]]
+        q_BGRD = q.reshape(q.shape[0], keys.codes.shape[1], -1, q.shape[-1])
+        output, log_sum = torch.ops.llama4_quant.cache_attention(
+            q_BGRD,
+            keys.codes,
+            values.codes,
+            keys.scales,
+            values.scales,
+            bias,
+            key_scale=key_scale,
+            value_scale=value_scale,
+        )
+        parts.append(partial.Partial(output=output, log_sum=log_sum))
+    return partial.merged(parts).to(q.dtype).view(q.shape)
 
 
 def _on_device(calls: Iterator[partial.Arguments]) -> Tensor:
@@ -158,6 +190,13 @@ class TextAttention(nn.Module):
         self.norm_eps = config.rms_norm_eps
         self.head_dim = config.head_dim
         self.kind = kind
+        self.is_native = (
+            kind is Attention.SDPA
+            and builder.kernel in {Kernel.AUTO, Kernel.NATIVE}
+            and builder.dtype is torch.bfloat16
+            and config.head_dim % native_attention.DIM_MULTIPLE == 0
+            and native_attention.probe() is None
+        )
         self.cache_scales: CacheScales | None = None
         hidden, bias = config.hidden_size, config.attention_bias
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -191,7 +230,8 @@ class TextAttention(nn.Module):
         encoded = cache.encode(k, v)
         if q.shape[2] == 1:
             cache.store(step.past, encoded)
-            return attend(q, None, cache, visible, self.kind).flatten(2)
+            is_native = self.is_native and q.device.type == "cpu"
+            return attend(q, None, cache, visible, self.kind, is_native=is_native).flatten(2)
         y_BTHD = attend(q, cache.decode(step.past, encoded, q.dtype), cache, visible, self.kind)
         cache.store(step.past, encoded)  # not before: a chunked layer has no room for columns that only these see
         return y_BTHD.flatten(2)

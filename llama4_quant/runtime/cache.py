@@ -152,6 +152,20 @@ class LayerCache:
         if self._window is not None:
             self.first = max(self.first, stop - self._window)
 
+    def stored(self, start: int, stop: int) -> Iterator[tuple[int, Stored, Stored]]:
+        """Columns [start, stop) as they are stored, in pieces, in order: the first column, keys, values.
+
+        Raises:
+            UsageError: some are no longer there, because a step failed half-way through the layers.
+        """
+        if start < self.first:
+            raise UsageError(
+                f"the cache holds columns from {self.first} on, and column {start} is needed: an earlier call failed "
+                "after it had replaced them; compute the sequence again in a new cache"
+            )
+        for column, block, places in self._places(start, stop):
+            yield column, block.keys.part(places), block.values.part(places)
+
     def read(
         self, start: int, stop: int, dtype: torch.dtype, *, rows: slice = slice(None), max_columns: int
     ) -> Iterator[KeyValues]:
@@ -166,19 +180,14 @@ class LayerCache:
             max_columns: bounds the memory for a piece that is decoded.
 
         Raises:
-            UsageError: some are no longer there, because a step failed half-way through the layers.
+            UsageError: as of `stored`.
         """
-        if start < self.first:
-            raise UsageError(
-                f"the cache holds columns from {self.first} on, and column {start} is needed: an earlier call failed "
-                "after it had replaced them; compute the sequence again in a new cache"
-            )
         step = stop - start if self.format.key.dtype == dtype else max_columns
-        for column, block, places in self._places(start, stop):
-            for first in range(places.start, places.stop, step):
-                part = slice(first, min(first + step, places.stop))
-                stored = block.keys.part(part, rows), block.values.part(part, rows)
-                yield self.decode(column + first - places.start, stored, dtype)
+        for column, keys, values in self.stored(start, stop):
+            size = keys.codes.shape[2]
+            for first in range(0, size, step):
+                part = slice(first, min(first + step, size))
+                yield self.decode(column + first, (keys.part(part, rows), values.part(part, rows)), dtype)
 
     def _places(self, start: int, stop: int) -> Iterator[tuple[int, Block, slice]]:
         """Where columns [start, stop) lie: first column, block, and places in it."""

@@ -5,17 +5,21 @@ tests allow 1e-12, which is far above that for the sizes here, and far below wha
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama4_quant.config import Llama4Config
 from llama4_quant.errors import Llama4QuantError, UsageError
 from llama4_quant.evaluation import NamedModel, evaluate
+from llama4_quant.evaluation.checkpoints import ChunkedLogits
 from llama4_quant.evaluation.divergence import token_agreements, token_divergences
 from llama4_quant.evaluation.perplexity import CHUNK_ELEMENTS, token_losses
+from llama4_quant.runtime.cache_formats import CacheDtype
 from llama4_quant.runtime.model import Llama4Model
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -253,3 +257,77 @@ def test_a_llama4_is_a_model() -> None:
     assert result.comparison is not None
     assert result.comparison.divergence.value == 0.0
     assert result.comparison.agreement.value == 1.0
+
+
+# Logits in pieces
+
+PIECES = {"rel": 0.0, "abs": 1e-12}
+"""float64 means of the same numbers, with sums over the vocabulary in other blocks."""
+
+
+def _in_pieces(model: NamedModel, sizes: list[int]) -> NamedModel:
+    def pieces(ids: Tensor) -> Iterator[Tensor]:
+        logits = model.logits(ids)
+        assert isinstance(logits, Tensor)
+        yield from torch.split(logits, [*sizes, ids.shape[1] - sum(sizes)], dim=1)
+
+    return NamedModel(name=model.name, logits=pieces)
+
+
+@pytest.mark.parametrize("sizes", [([3, 4], [1, 1]), ([8], [3, 3]), ([], [2])])
+def test_pieces_score_what_the_whole_does(sizes: tuple[list[int], list[int]]) -> None:
+    model, reference, ids = table("model", 1), table("reference", 2), windows(4, 9)
+    whole = evaluate(model, ids, reference=reference, batch_size=3)
+    found = evaluate(_in_pieces(model, sizes[0]), ids, reference=_in_pieces(reference, sizes[1]), batch_size=3)
+    alone = evaluate(_in_pieces(model, sizes[0]), ids)
+    assert found.comparison is not None
+    assert whole.comparison is not None
+    assert found.loss.value == pytest.approx(whole.loss.value, **PIECES)
+    assert alone.loss.value == pytest.approx(whole.loss.value, **PIECES)
+    assert found.comparison.divergence.value == pytest.approx(whole.comparison.divergence.value, **PIECES)
+    assert found.comparison.agreement.value == whole.comparison.agreement.value
+    assert found.comparison.loss_increase.value == pytest.approx(whole.comparison.loss_increase.value, **PIECES)
+
+
+def test_pieces_that_stop_too_early_are_an_error() -> None:
+    short = NamedModel(name="short", logits=lambda ids: [torch.zeros(*ids[:, :3].shape, V)])
+    with pytest.raises(UsageError, match="short gives logits of 3 positions, expected 9"):
+        evaluate(short, windows(2, 9))
+
+
+def test_a_llama4_in_chunks_is_the_same_model() -> None:
+    model, other, ids = _tiny(0), _tiny(1), windows(3, 23)
+    whole = evaluate(NamedModel(name="model", logits=model), ids, reference=NamedModel(name="other", logits=other))
+    assert whole.comparison is not None
+    bound = 10 * 500 * 2**-24  # logits below 10, float32 sums of some 500 terms in two layers in another order
+    for chunk_size in (1, 7, 100):
+        named = NamedModel(name="model", logits=ChunkedLogits(model, chunk_size))
+        reference = NamedModel(name="other", logits=ChunkedLogits(other, 5))
+        found = evaluate(named, ids, reference=reference, batch_size=2)
+        assert found.comparison is not None
+        assert found.loss.value == pytest.approx(whole.loss.value, abs=bound)
+        assert found.comparison.divergence.value == pytest.approx(whole.comparison.divergence.value, abs=bound)
+    coded = NamedModel(name="int8", logits=ChunkedLogits(model, 100, CacheDtype.INT8))
+    comparison = evaluate(coded, ids, reference=NamedModel(name="model", logits=model)).comparison
+    assert comparison is not None
+    assert 0 < comparison.divergence.value < 0.01  # the cache is used, and its codes are near
+
+
+def test_memory_of_a_long_window_is_that_of_a_chunk() -> None:
+    """No tensor has a logit for every position of the window."""
+    model, seen = _tiny(0), _Largest()
+    with seen:
+        evaluate(NamedModel(name="model", logits=ChunkedLogits(model, 16)), windows(1, 2000))
+    assert seen.num_elements < 0.7 * 2000 * V  # keys of a layer have 64,000
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator gives."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.num_elements = max(self.num_elements, result.numel())
+        return result

@@ -1,0 +1,155 @@
+"""The compiled attention of single queries against float64, in every variant and format, and its place in decoding."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from runtime.tiny_model import random_ids, random_model, text_config
+from torch import Tensor
+
+from llama4_quant.native import NativeUnavailableError
+from llama4_quant.ops import native_attention
+from llama4_quant.ops.native_attention import AttentionLibrary, build, cache_attention
+from llama4_quant.runtime.cache_formats import CacheFormat
+
+pytestmark = pytest.mark.skipif(native_attention.probe() is not None, reason=f"no kernel: {native_attention.probe()}")
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Scales = dict[str, float]
+FORMATS = {
+    "bf16": CacheFormat(dtype=torch.bfloat16),
+    "fp8": CacheFormat(dtype=torch.float8_e4m3fn),
+    "fp8-static": CacheFormat(dtype=torch.float8_e4m3fn, scale=0.013),
+    "int8": CacheFormat(dtype=torch.int8),
+}
+
+
+@pytest.fixture(scope="module", params=("native", "x86-64-v3"))
+def variant(request: pytest.FixtureRequest) -> Iterator[AttentionLibrary]:
+    """The kernel as compiled for a kind of processor."""
+    try:
+        library = build(request.param)
+    except NativeUnavailableError as error:
+        pytest.skip(f"{request.param}: {error}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_attention, "_library", lambda: library)
+        yield library
+
+
+def _operands(
+    layer_format: CacheFormat, rows: int, heads: int, columns: int, dim: int, *, with_bias: bool = False
+) -> tuple[Operands, Scales, Tensor]:
+    """A part of a larger cache of two groups of heads, and the result in float64 from what its codes stand for."""
+    generator = torch.Generator().manual_seed(columns)
+    q = torch.randn(rows, 2, heads, dim, generator=generator).bfloat16()
+    k, v = (
+        layer_format.encode(torch.randn(rows, 2, columns + 9, dim, generator=generator).bfloat16()).part(slice(4, -5))
+        for _ in range(2)
+    )
+    bias = None
+    if with_bias:
+        is_hidden = torch.rand(rows, 1, 1, columns + 3, generator=generator) < 0.5
+        bias = torch.zeros(is_hidden.shape).masked_fill(is_hidden, -60000.0)[..., 3:]
+        bias[..., -1] = 0
+    scale = layer_format.scale or 1.0
+    numbers = [x.codes.double() * (scale if x.scales is None else x.scales.double()) for x in (k, v)]
+    scores = q.double() @ numbers[0].transpose(2, 3) / dim**0.5
+    scores = scores if bias is None else scores + bias
+    expected = torch.cat([scores.softmax(dim=-1) @ numbers[1], scores.logsumexp(dim=-1).unsqueeze(-1)], dim=-1)
+    return (q, k.codes, v.codes, k.scales, v.scales, bias), {"key_scale": scale, "value_scale": scale}, expected
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("layer_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_against_float64(layer_format: CacheFormat, with_bias: bool) -> None:
+    # Scores are below 10 here: sums of `dim` float32 products are off by less than 10 * dim * 2^-24, which is the
+    # relative error of a weight; 2^-21 more are the exponential's. Values are below 6, and so twice that off.
+    for rows, heads, columns, dim in (
+        (1, 5, 1, 64),
+        (2, 1, 31, 16),
+        (1, 2, 33, 48),
+        (3, 5, 1024, 128),
+        (1, 8, 2500, 112),
+    ):
+        operands, scales, expected = _operands(layer_format, rows, heads, columns, dim, with_bias=with_bias)
+        output, log_sum = cache_attention(*operands, **scales)
+        bound = 6 * 2 * (10 * dim * 2**-24 + 2**-21)
+        torch.testing.assert_close(output.double(), expected[..., :-1], atol=bound, rtol=0)
+        torch.testing.assert_close(log_sum.double(), expected[..., -1], atol=bound, rtol=0)
+
+
+@pytest.mark.usefixtures("variant")
+def test_results_do_not_depend_on_threads() -> None:
+    operands, scales, _ = _operands(FORMATS["int8"], 2, 5, 5000, 64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(cache_attention(*operands, **scales))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("variant")
+def test_far_apart_scores_and_nan() -> None:
+    """One key has all of the weight, wherever it is; a NaN stays one, of its row alone."""
+    places = [1, 2999]
+    q, k = torch.ones(2, 1, 3, 16).bfloat16(), torch.zeros(2, 1, 3000, 16).bfloat16()
+    k[..., 0] = -200
+    k[[0, 1], 0, places, 0] = 200
+    v = torch.arange(3000.0).view(1, 1, -1, 1).repeat(2, 1, 1, 16).bfloat16()
+    output, _ = cache_attention(q, k, v, None, None, None)
+    for row, place in enumerate(places):
+        assert torch.equal(output[row, 0], v[row, 0, place].float().expand(3, 16))
+    k[1, 0, 5, 0] = torch.nan
+    output, _ = cache_attention(q, k, v, None, None, None)
+    assert output[1].isnan().all()
+    assert torch.equal(output[0, 0], v[0, 0, 1].float().expand(3, 16))
+
+
+@pytest.mark.parametrize("layer_format", FORMATS.values(), ids=FORMATS)
+def test_the_reference_and_the_operator(layer_format: CacheFormat) -> None:
+    operands, scales, expected = _operands(layer_format, 2, 3, 70, 32, with_bias=True)
+    output, log_sum = native_attention.reference(*operands, **scales)
+    bound = 6 * 2 * (10 * 32 * 2**-24 + 2**-21)  # as above
+    torch.testing.assert_close(output.double(), expected[..., :-1], atol=bound, rtol=0)
+    torch.testing.assert_close(log_sum.double(), expected[..., -1], atol=bound, rtol=0)
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if layer_format.dtype is not torch.float8_e4m3fn:  # torch cannot multiply these, and this check wants to
+        checks.append("test_schema")
+    torch.library.opcheck(torch.ops.llama4_quant.cache_attention.default, operands, scales, test_utils=checks)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    (q, k, v, *_), *_ = _operands(FORMATS["bf16"], 1, 2, 8, 32)
+    for bad, message in (
+        ((q.float(), k, v), "dtype float32: the kernel takes bfloat16"),
+        ((q[..., :24], k[..., :24], v[..., :24]), "head_dim 24 is not a multiple of 16"),
+        ((q, k[:, :, :4], v), "the same strides, column after column"),
+        ((q, k.float(), v.float()), "a cache of float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache_attention(*bad, None, None, None)
+    with pytest.raises(ValueError, match="or neither has"):
+        cache_attention(q, k, v, torch.ones(1, 2, 8, 1).bfloat16(), None, None)
+
+
+@pytest.mark.parametrize("kind", ["auto", "fp8", "int8"])
+@torch.inference_mode()
+def test_decoding_with_it_and_without(kind: str) -> None:
+    """Token by token in a padded batch over chunk borders, beside torch's kernel."""
+    found = []
+    for kernel in ("auto", "torch"):
+        model = random_model(text_config(num_local_experts=1), torch.bfloat16, kernel=kernel)
+        assert model.model.layers[0].self_attn.is_native == (kernel == "auto")
+        cache = model.new_cache(2, 5, kind)
+        ids, mask = random_ids(2, 40), (torch.arange(40) >= torch.tensor([[7], [0]])).long()
+        model(ids[:, :20], attention_mask=mask[:, :20], cache=cache)
+        tokens = [model(ids[:, column : column + 1], cache=cache, logits="last") for column in range(20, 40)]
+        found.append(torch.cat(tokens, dim=1).float())
+    # Not a bound of arithmetic: roundings to bf16 (2^-8) through four layers. A wrong key makes one of the order of 1.
+    difference = (found[0] - found[1]).norm(dim=-1) / found[1].norm(dim=-1)
+    assert float(difference.max()) < 0.1
