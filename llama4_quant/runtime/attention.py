@@ -35,7 +35,8 @@ class Attention(StrEnum):
     """How softmax(Q K^T) V is computed."""
 
     SDPA = "sdpa"
-    """torch's fused kernel behind `scaled_dot_product_attention`; for single tokens, on processors, one of ours."""
+    """torch's fused kernel behind `scaled_dot_product_attention`; for single tokens and caches of codes, on
+    processors, one of ours."""
     EAGER = "eager"
     """Matrix products and a softmax in fp32, for reading and for checking."""
     FLEX = "flex"
@@ -87,7 +88,8 @@ def attend(
         cache: of the columns before `new`; None if there are none.
         visible: who sees whom.
         kind: how to compute; flex goes with a `visible` of its own.
-        is_native: for a single token, let the compiled kernel read a cache that it knows.
+        is_native: for a single token, let the compiled kernel read a cache of codes. Of one in bf16 torch's kernel is as
+            quick (tests/benchmarks/cache_attention.py).
 
     Returns:
         [B, T, H, D]; of padding, anything finite.
@@ -96,7 +98,7 @@ def attend(
         pieces = (piece for piece, _ in _pieces(q_BHTD, new, cache, slice(None), visible.key_start, visible.stop))
         return flex.attend(q_BHTD, list(pieces), visible).transpose(1, 2)
     if q_BHTD.shape[2] == 1:
-        if is_native and cache is not None and new is None and cache.format.key.dtype in native_attention.READS:
+        if is_native and cache is not None and cache.format.key.dtype.itemsize == 1:
             return _natively(q_BHTD, cache, visible[0]).transpose(1, 2)
         return _segment(q_BHTD, new, cache, visible[0], kind).transpose(1, 2)
     assert new is not None, "several queries come with their keys"
