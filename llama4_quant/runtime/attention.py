@@ -88,8 +88,8 @@ def attend(
         cache: of the columns before `new`; None if there are none.
         visible: who sees whom.
         kind: how to compute; flex goes with a `visible` of its own.
-        is_native: for a single token, let the compiled kernel read a cache of codes. Of one in bf16 torch's kernel is as
-            quick (tests/benchmarks/cache_attention.py).
+        is_native: for a single token, let the compiled kernel read a cache of codes. Of a cache in bf16 torch's kernel
+            is as quick (tests/benchmarks/cache_attention.py).
 
     Returns:
         [B, T, H, D]; of padding, anything finite.
