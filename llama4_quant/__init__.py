@@ -3,6 +3,10 @@
 The public API: `convert`, `load`, `evaluate`; `Scheme` with `preset` to make one, and `make_calibration`.
 """
 
+from llama4_quant import threads
+
+threads.limit_waiting()  # before anything imports torch
+
 from llama4_quant._version import __version__
 from llama4_quant.calibration.settings import make_calibration
 from llama4_quant.convert import convert
