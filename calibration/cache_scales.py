@@ -15,7 +15,7 @@ from llama4_quant.calibration.records import CacheScaleRecord
 from llama4_quant.checkpoint.journal import Record
 from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.errors import QuantizationError
-from llama4_quant.plan import Plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.quantizers.fp8 import GRID
 from llama4_quant.quantizers.search import choose_scales
 from llama4_quant.runtime.cache_formats import CacheScales

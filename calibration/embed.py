@@ -15,7 +15,7 @@ from llama4_quant.calibration.rows import RowFile, row_chunks
 from llama4_quant.calibration.streams import Streams
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.writer import CheckpointWriter
-from llama4_quant.plan import Decision, Plan
+from llama4_quant.planning.plan import Decision, Plan
 from llama4_quant.runtime.model import Llama4Model, materialize
 from llama4_quant.scheme import SchemeLookup
 

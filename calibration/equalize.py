@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.plan import Plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.scheme import SchemeLookup, WeightType
 
 MAX_EXPONENT = 12

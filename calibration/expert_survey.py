@@ -28,7 +28,7 @@ from llama4_quant.calibration.streams import Sequences, Streams
 from llama4_quant.checkpoint.files import os_errors, read_own, replace_durably
 from llama4_quant.checkpoint.json_files import MAX_JSON_BYTES, parse_json
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.plan import Plan
+from llama4_quant.planning.plan import Plan
 
 MAX_FACTOR = 4
 _CHOICE_NAME = "samples.json"

@@ -16,7 +16,7 @@ from llama4_quant.calibration.solve import ROW_ELEMENTS
 from llama4_quant.calibration.weights import VISION_ROLES
 from llama4_quant.config import TextConfig
 from llama4_quant.errors import UsageError
-from llama4_quant.plan import Plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.work import BASE_BYTES, BYTES_PER_DECISION, MemoryUse, tensor_items
 
 _CHUNK_BYTES = 16 * 2**20

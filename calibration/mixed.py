@@ -23,7 +23,8 @@ from llama4_quant.checkpoint.files import os_errors
 from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.errors import OutputError, UsageError
-from llama4_quant.plan import Choice, Decision, Plan
+from llama4_quant.planning.choose import Choice
+from llama4_quant.planning.plan import Decision, Plan
 from llama4_quant.quantizers.packing import packed_features
 from llama4_quant.quantizers.quantize import grid_of
 from llama4_quant.scheme import Observer, Strategy, WeightScheme, WeightType

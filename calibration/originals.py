@@ -8,7 +8,7 @@ from torch import Tensor
 from llama4_quant.calibration.equalize import Equalizer
 from llama4_quant.calibration.source_weights import SourceWeights
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.plan import Plan
+from llama4_quant.planning.plan import Plan
 
 
 class Originals(SourceWeights):

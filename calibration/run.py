@@ -25,7 +25,7 @@ from llama4_quant.checkpoint.paths import SCRATCH_NAME, STAGING_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.errors import UsageError
-from llama4_quant.plan import Plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.quantizers.backend import Backend
 from llama4_quant.stream import Progress
 from llama4_quant.work import WorkItem

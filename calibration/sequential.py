@@ -19,7 +19,7 @@ from llama4_quant.calibration.source_weights import SourceWeights
 from llama4_quant.calibration.streams import Position, Sequences, StreamFiles, Streams, drift
 from llama4_quant.calibration.weights import is_written
 from llama4_quant.config import Llama4Config
-from llama4_quant.plan import Plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.work import WorkItem, item_decisions
 
 

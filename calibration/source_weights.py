@@ -9,7 +9,7 @@ from torch import Tensor
 from llama4_quant.architecture import LinearSpec
 from llama4_quant.calibration.hessian import Moments
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.plan import Plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.scheme import WeightScheme
 
 

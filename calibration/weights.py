@@ -25,7 +25,7 @@ from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.errors import QuantizationError
 from llama4_quant.formats.compressed_tensors import decode, encode_packed
 from llama4_quant.notes import WeightNote
-from llama4_quant.plan import Decision, Plan
+from llama4_quant.planning.plan import Decision, Plan
 from llama4_quant.quantizers.backend import Backend
 from llama4_quant.quantizers.packed import PackedWeight
 from llama4_quant.quantizers.quantize import dequantize_weight

@@ -15,7 +15,7 @@ from llama4_quant.checkpoint.writer import CheckpointWriter
 from llama4_quant.errors import OutputError
 from llama4_quant.formats.compressed_tensors import EncodedRows
 from llama4_quant.notes import WeightNote
-from llama4_quant.plan import Plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.quantizers.backend import Backend
 from llama4_quant.report import WeightRecord, weight_record
 from llama4_quant.stream import Piece, Progress, encode_kept, encode_piece, quantize_piece, read_item, split_piece

@@ -41,7 +41,9 @@ from llama4_quant.errors import OtherLayoutError, OutputError, QuantizationError
 from llama4_quant.formats import compressed_tensors, fbgemm_fp8
 from llama4_quant.formats.choice import CheckpointFormat, choose_format
 from llama4_quant.formats.meta_params import params_of
-from llama4_quant.plan import Choice, Plan, make_plan
+from llama4_quant.planning.choose import Choice
+from llama4_quant.planning.make import make_plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.quantizers.backend import Backend, choose_backend
 from llama4_quant.ranks import Rank
 from llama4_quant.report import REPORT_NAME, Report, make_report

@@ -4,6 +4,8 @@ A message says what went wrong, where, what was expected and found, and what to 
 without a traceback and exits with status 1.
 """
 
+from collections.abc import Sequence
+
 
 class Llama4QuantError(ValueError):
     """Base of all errors raised on purpose by llama4-quant."""
@@ -39,3 +41,11 @@ class OutputError(Llama4QuantError):
 
 class UsageError(Llama4QuantError):
     """Arguments that contradict each other or name something that does not exist."""
+
+
+def some_tensors(names: Sequence[str]) -> str:
+    """`tensor a is`, `tensors a, b, c and 7 more are`; for messages."""
+    shown = ", ".join(names[:3])
+    if len(names) == 1:
+        return f"tensor {shown} is"
+    return f"tensors {shown} are" if len(names) <= 3 else f"tensors {shown} and {len(names) - 3} more are"

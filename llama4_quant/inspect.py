@@ -9,7 +9,7 @@ from llama4_quant.checkpoint.source import open_headers
 from llama4_quant.config import Llama4Config, TextConfig, VisionConfig
 from llama4_quant.errors import UsageError
 from llama4_quant.ops import KernelCount
-from llama4_quant.plan import make_plan
+from llama4_quant.planning.make import make_plan
 from llama4_quant.runtime.cache import cache_bytes
 from llama4_quant.runtime.cache_formats import CacheDtype
 from llama4_quant.runtime.model import Llama4Model

@@ -10,7 +10,7 @@ from llama4_quant._version import __version__
 from llama4_quant.calibration.records import CalibrationRecord, CalibrationReport
 from llama4_quant.checkpoint.manifest import CHECKSUM_KEY, with_self_checksum
 from llama4_quant.notes import WeightNote
-from llama4_quant.plan import Decision, Plan
+from llama4_quant.planning.plan import Decision, Plan
 from llama4_quant.quantizers.backend import Backend
 from llama4_quant.work import MemoryUse
 

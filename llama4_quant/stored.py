@@ -13,9 +13,8 @@ import torch
 from llama4_quant.architecture import LinearSpec, Llama4Config, Role, TensorSpec, attention_names, tensor_specs
 from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.reader import CheckpointReader, TensorEntry
-from llama4_quant.errors import CheckpointError, ConfigError
+from llama4_quant.errors import CheckpointError, ConfigError, some_tensors
 from llama4_quant.formats import compressed_tensors
-from llama4_quant.plan import some_tensors
 from llama4_quant.scheme import SchemeLookup, WeightScheme
 
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")

@@ -14,10 +14,11 @@ from llama4_quant.checkpoint.header import TensorEntry
 from llama4_quant.checkpoint.layout import OutputTensor
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.config import Llama4Config
-from llama4_quant.errors import CheckpointError
+from llama4_quant.errors import CheckpointError, some_tensors
 from llama4_quant.formats import fbgemm_fp8
 from llama4_quant.formats.choice import CheckpointFormat
-from llama4_quant.plan import Decision, TensorPlan, make_plan, some_tensors
+from llama4_quant.planning.make import make_plan
+from llama4_quant.planning.plan import Decision, TensorPlan
 from llama4_quant.quantizers.quantize import QuantizedWeight
 from llama4_quant.scheme import preset
 from llama4_quant.stored import StoredWeight

@@ -15,7 +15,7 @@ from llama4_quant.errors import QuantizationError
 from llama4_quant.formats import meta_fp8
 from llama4_quant.formats.compressed_tensors import EncodedRows, encode_packed
 from llama4_quant.formats.fbgemm_fp8 import encode_expert
-from llama4_quant.plan import Decision, TensorPlan
+from llama4_quant.planning.plan import Decision, TensorPlan
 from llama4_quant.quantizers.backend import Backend
 from llama4_quant.quantizers.lanes import CHUNK_ELEMENTS
 from llama4_quant.quantizers.packed import PackedWeight

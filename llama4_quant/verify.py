@@ -26,7 +26,8 @@ from llama4_quant.config import Llama4Config
 from llama4_quant.errors import CheckpointError, Llama4QuantError
 from llama4_quant.formats import compressed_tensors
 from llama4_quant.formats.choice import CheckpointFormat
-from llama4_quant.plan import Plan, make_plan
+from llama4_quant.planning.make import make_plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.quantizers.error import WeightError, measure
 from llama4_quant.quantizers.lanes import rows_per_scale
 from llama4_quant.quantizers.quantize import QuantizedWeight

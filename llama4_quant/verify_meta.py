@@ -22,9 +22,10 @@ from llama4_quant.checkpoint.pickles import read_contents
 from llama4_quant.checkpoint.reader import CheckpointReader, open_file
 from llama4_quant.checkpoint.state_dicts import tensor_name
 from llama4_quant.config import Llama4Config
-from llama4_quant.errors import CheckpointError
+from llama4_quant.errors import CheckpointError, some_tensors
 from llama4_quant.formats.choice import CheckpointFormat
-from llama4_quant.plan import Plan, make_plan, some_tensors
+from llama4_quant.planning.make import make_plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.quantizers.error import WeightError, measure
 from llama4_quant.quantizers.quantize import QuantizedWeight
 from llama4_quant.scheme import preset

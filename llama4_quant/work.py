@@ -15,7 +15,8 @@ from llama4_quant.checkpoint.buffers import PAGE_BYTES
 from llama4_quant.checkpoint.layout import parse_size
 from llama4_quant.checkpoint.meta_names import Split
 from llama4_quant.errors import UsageError
-from llama4_quant.plan import SOURCE_DTYPES, Decision, Plan, TensorPlan
+from llama4_quant.planning.plan import Decision, Plan, TensorPlan
+from llama4_quant.planning.source import SOURCE_DTYPES
 from llama4_quant.quantizers.backend import Backend
 from llama4_quant.quantizers.compiled import compiled_scratch
 from llama4_quant.quantizers.lanes import CHUNK_ELEMENTS, rows_per_scale

@@ -13,7 +13,7 @@ from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.config import Llama4Config
 from llama4_quant.convert import convert
 from llama4_quant.formats.compressed_tensors import encode
-from llama4_quant.plan import make_plan
+from llama4_quant.planning.make import make_plan
 from llama4_quant.quantizers.backend import choose_backend
 from llama4_quant.quantizers.quantize import quantize_weight
 from llama4_quant.runtime import loader

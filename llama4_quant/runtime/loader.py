@@ -16,7 +16,7 @@ from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
 from llama4_quant.errors import CheckpointError, UsageError
 from llama4_quant.ops import Kernel
-from llama4_quant.plan import make_plan
+from llama4_quant.planning.make import make_plan
 from llama4_quant.quantizers.backend import Backend, choose_backend
 from llama4_quant.runtime import flex
 from llama4_quant.runtime.attention import Attention

@@ -29,7 +29,7 @@ from llama4_quant.calibration.solve import Solver
 from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
 from llama4_quant.ops.reference import round_activations_fp8
-from llama4_quant.plan import make_plan
+from llama4_quant.planning.make import make_plan
 from llama4_quant.quantizers.quantize import dequantize_weight
 from llama4_quant.runtime.linear import WeightStorage
 from llama4_quant.runtime.model import Llama4Model

@@ -32,7 +32,7 @@ from runtime_kit.shapes import TINY, Shape, scout
 from synthetic import circumstances, make_checkpoint
 
 from llama4_quant.architecture import Llama4Config, Role
-from llama4_quant.plan import make_plan
+from llama4_quant.planning.make import make_plan
 from llama4_quant.scheme import preset
 
 IN_MEMORY, MAPPED = "all in memory", "in the file, mapped"

@@ -11,7 +11,8 @@ from llama4_quant import convert, load, make_calibration, preset
 from llama4_quant.calibration.equalize import Equalizer
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.config import Llama4Config
-from llama4_quant.plan import Plan, make_plan
+from llama4_quant.planning.make import make_plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.verify import verify
 

@@ -20,7 +20,7 @@ from llama4_quant.calibration.streams import Sequences
 from llama4_quant.calibration.survey import Survey
 from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
-from llama4_quant.plan import make_plan
+from llama4_quant.planning.make import make_plan
 from llama4_quant.runtime.experts import DenseStack
 from llama4_quant.runtime.linear import DenseLinear
 from llama4_quant.runtime.loader import load

@@ -17,7 +17,7 @@ from llama4_quant.checkpoint.meta import MetaReader, is_meta_layout
 from llama4_quant.checkpoint.meta_params import Params, Widths
 from llama4_quant.checkpoint.source import open_source
 from llama4_quant.errors import CheckpointError, ConfigError
-from llama4_quant.plan import make_plan
+from llama4_quant.planning.make import make_plan
 
 CONFIG = multimodal_config()
 TENSORS = random_tensors(CONFIG)

@@ -11,7 +11,7 @@ from checkpoints import make_checkpoint
 
 from llama4_quant.architecture import Llama4Config
 from llama4_quant.cli.main import cli, main
-from llama4_quant.plan import make_plan
+from llama4_quant.planning.make import make_plan
 from llama4_quant.runtime.cache import cache_bytes
 from llama4_quant.runtime.cache_formats import CacheDtype
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR

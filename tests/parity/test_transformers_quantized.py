@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Comp
 
 from llama4_quant import Scheme, convert, load, preset
 from llama4_quant.architecture import Llama4Config, Role, linear_specs, tensor_specs
-from llama4_quant.plan import DEFAULT_ROLES
+from llama4_quant.planning.choose import DEFAULT_ROLES
 from llama4_quant.quantizers.quantize import dequantize_weight, quantize_weight
 from llama4_quant.scheme import SchemeName, Strategy, WeightType
 

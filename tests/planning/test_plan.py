@@ -10,10 +10,11 @@ from checkpoints import multimodal_config, text_config
 from llama4_quant.architecture import Llama4Config, Role, linear_specs
 from llama4_quant.convert import dry_run
 from llama4_quant.errors import CheckpointError, ConfigError, SchemeError
-from llama4_quant.plan import Plan, make_plan
+from llama4_quant.planning.make import make_plan
+from llama4_quant.planning.plan import Plan
 from llama4_quant.scheme import preset
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 
 
 def plan_for(raw: dict | None = None, scheme: str = "W4A16", **settings: object) -> Plan:
