@@ -24,11 +24,12 @@ from llama4_quant.cli.options import (
 )
 from llama4_quant.cli.progress import byte_progress
 from llama4_quant.cli.tables import console, count, largest_errors, parameters, size, table
-from llama4_quant.convert import convert, dry_run
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.dry_run import dry_run
+from llama4_quant.conversion.ranks import Rank
+from llama4_quant.conversion.report import REPORT_NAME, Report, WeightRecord
 from llama4_quant.errors import UsageError
 from llama4_quant.formats.choice import CheckpointFormat
-from llama4_quant.ranks import Rank
-from llama4_quant.report import REPORT_NAME, Report, WeightRecord
 
 RARE_FLAGS = (
     "--observer",

@@ -9,7 +9,7 @@ threads.limit_waiting()  # before anything imports torch
 
 from llama4_quant._version import __version__
 from llama4_quant.calibration.settings import make_calibration
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 from llama4_quant.evaluation.checkpoints import evaluate
 from llama4_quant.runtime.loader import load
 from llama4_quant.scheme import Scheme, preset

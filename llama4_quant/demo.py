@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 from llama4_quant.demo_report import DemoResult, DemoRun, write_report
 from llama4_quant.evaluation import measure
 from llama4_quant.evaluation.checkpoints import text_windows

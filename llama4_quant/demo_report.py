@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llama4_quant.conversion.report import Report, WeightRecord
 from llama4_quant.errors import UsageError
 from llama4_quant.evaluation.report import Estimate
-from llama4_quant.report import Report, WeightRecord
 
 TEMPLATE = Path(__file__).with_name("demo_report.html.jinja")
 

@@ -23,6 +23,7 @@ from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
+from llama4_quant.conversion.report import REPORT_NAME
 from llama4_quant.errors import CheckpointError, Llama4QuantError
 from llama4_quant.formats import compressed_tensors
 from llama4_quant.formats.choice import CheckpointFormat
@@ -31,7 +32,6 @@ from llama4_quant.planning.plan import Plan
 from llama4_quant.quantizers.error import WeightError, measure
 from llama4_quant.quantizers.lanes import rows_per_scale
 from llama4_quant.quantizers.quantize import QuantizedWeight
-from llama4_quant.report import REPORT_NAME
 from llama4_quant.scheme import FP8_BLOCK_SIZE
 from llama4_quant.stored import (
     StoredWeight,

@@ -7,8 +7,8 @@ from pathlib import Path
 from llama4_quant.checkpoint.json_files import dump_json, read_json
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME, FileDigest, has_self_checksum, read_manifest
 from llama4_quant.checkpoint.paths import STAGING_NAME
+from llama4_quant.conversion.report import REPORT_NAME
 from llama4_quant.errors import CheckpointError
-from llama4_quant.report import REPORT_NAME
 from llama4_quant.stream import Progress
 from llama4_quant.verification import Problem
 

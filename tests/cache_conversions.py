@@ -11,8 +11,8 @@ from corpus_files import write_lines
 
 from llama4_quant import preset
 from llama4_quant.calibration.settings import Calibration, make_calibration
-from llama4_quant.convert import convert
-from llama4_quant.report import Report
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.report import Report
 from llama4_quant.sample import SAMPLE_DIR
 
 NUM_SAMPLES, LENGTH = 12, 24

@@ -19,8 +19,8 @@ from llama4_quant.calibration.sequential import SequentialPass
 from llama4_quant.calibration.settings import make_calibration
 from llama4_quant.calibration.streams import Sequences, StreamFiles, Streams
 from llama4_quant.calibration.weights import Weights
-from llama4_quant.convert import convert
-from llama4_quant.report import Report
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.report import Report
 from llama4_quant.runtime.loader import load
 from llama4_quant.sample import SAMPLE_DIR
 

@@ -10,7 +10,7 @@ from checkpoints import make_checkpoint, text_config
 
 from llama4_quant import Scheme, convert, preset
 from llama4_quant.calibration.settings import make_calibration
-from llama4_quant.report import Report
+from llama4_quant.conversion.report import Report
 from llama4_quant.sample import SAMPLE_DIR
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from llama4_quant.conversion.report import WeightRecord
 from llama4_quant.demo import run_demo
 from llama4_quant.demo_report import DemoResult, role_errors, write_report
 from llama4_quant.errors import OutputError
 from llama4_quant.inspect import inspect
-from llama4_quant.report import WeightRecord
 
 
 @pytest.fixture(scope="module")

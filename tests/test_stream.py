@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import llama4_quant
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.config import Llama4Config
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 from llama4_quant.formats.compressed_tensors import encode
 from llama4_quant.planning.make import make_plan
 from llama4_quant.quantizers.backend import choose_backend

@@ -15,7 +15,7 @@ from llama4_quant.checkpoint.paths import STAGING_NAME
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.resume import canonical_json
 from llama4_quant.cli.main import main
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 from llama4_quant.errors import CheckpointError
 from llama4_quant.scheme import preset
 from llama4_quant.verify import Verification, verify

@@ -13,9 +13,9 @@ import pytest
 from checkpoints import make_checkpoint, text_config
 
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.report import REPORT_NAME
 from llama4_quant.errors import CheckpointError
-from llama4_quant.report import REPORT_NAME
 from llama4_quant.verify import verify
 from llama4_quant.verify_files import _check_file, _check_report, check_files
 

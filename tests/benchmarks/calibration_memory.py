@@ -35,7 +35,8 @@ def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 baseline = peak()
 from llama4_quant.calibration.settings import make_calibration
-from llama4_quant.convert import convert, dry_run
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.dry_run import dry_run
 from llama4_quant.scheme import preset
 source, out, data, scheme, group_size, algorithm, length, *quantize = sys.argv[1:]
 group = {} if scheme != "W4A16" else {"group_size": int(group_size)}

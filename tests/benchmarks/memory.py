@@ -35,7 +35,7 @@ started = time.perf_counter()
 cap = None if cap == "smallest" else cap
 chosen = preset(scheme, observer=observer)
 if cap is None:
-    from llama4_quant.convert import dry_run
+    from llama4_quant.conversion.dry_run import dry_run
     cap = dry_run(source, scheme=chosen, format=storage).memory.smallest
 report = convert(source, out, scheme=chosen, format=storage, max_memory=cap, workers=int(workers) or None)
 print(json.dumps({

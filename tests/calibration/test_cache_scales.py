@@ -25,10 +25,11 @@ from llama4_quant.calibration.records import CacheScaleRecord
 from llama4_quant.calibration.rows import RowFile
 from llama4_quant.calibration.settings import make_calibration
 from llama4_quant.calibration.weights import Weights
-from llama4_quant.convert import convert, dry_run
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.dry_run import dry_run
+from llama4_quant.conversion.report import Report
 from llama4_quant.errors import CheckpointError, QuantizationError, SchemeError, UsageError
 from llama4_quant.ops.reference import round_fp8
-from llama4_quant.report import Report
 from llama4_quant.runtime.cache_formats import CacheFormat, CacheScales
 from llama4_quant.verify import verify
 

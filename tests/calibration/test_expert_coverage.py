@@ -11,10 +11,10 @@ from resilience.resilience_tools import STAGING, contents
 
 from llama4_quant.calibration.expert_survey import MAX_FACTOR, Survey
 from llama4_quant.calibration.weights import Weights
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.report import Report
 from llama4_quant.errors import OutputError
 from llama4_quant.evaluation.measure import NamedModel, evaluate
-from llama4_quant.report import Report
 from llama4_quant.runtime.loader import load
 from llama4_quant.sample import SAMPLE_DIR
 from llama4_quant.scheme import preset

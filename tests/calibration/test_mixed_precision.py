@@ -12,9 +12,9 @@ from llama4_quant import Scheme, load, preset
 from llama4_quant.calibration.mixed import unit_name
 from llama4_quant.calibration.run import PreparedCalibration
 from llama4_quant.calibration.settings import make_calibration
+from llama4_quant.conversion.report import Report
 from llama4_quant.errors import OutputError, UsageError
 from llama4_quant.planning.make import make_plan
-from llama4_quant.report import Report
 from llama4_quant.stored import quantized_weights
 from llama4_quant.verify import verify
 

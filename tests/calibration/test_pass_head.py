@@ -23,7 +23,7 @@ from torch.nn import functional
 from llama4_quant import work
 from llama4_quant.calibration.solve import Solver
 from llama4_quant.calibration.weights import Weights
-from llama4_quant.report import Report
+from llama4_quant.conversion.report import Report
 from llama4_quant.runtime.loader import load
 from llama4_quant.scheme import Scheme, preset
 from llama4_quant.verify import verify

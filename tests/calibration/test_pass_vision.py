@@ -15,8 +15,8 @@ from llama4_quant.calibration.rows import RowFile
 from llama4_quant.calibration.streams import StreamFiles
 from llama4_quant.calibration.vision import VisionPass
 from llama4_quant.calibration.weights import Weights
-from llama4_quant.convert import convert
-from llama4_quant.report import Report
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.report import Report
 from llama4_quant.runtime.linear import WeightStorage
 from llama4_quant.runtime.loader import load
 from llama4_quant.runtime.model import Llama4Model

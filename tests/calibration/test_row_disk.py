@@ -16,7 +16,7 @@ from llama4_quant.calibration.vision import VisionPass
 from llama4_quant.calibration.weights import Weights
 from llama4_quant.checkpoint.layout import layout_shards, parse_size
 from llama4_quant.config import Llama4Config
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 from llama4_quant.errors import OutputError
 from llama4_quant.planning.make import make_plan
 from llama4_quant.sample import SAMPLE_DIR

@@ -11,6 +11,7 @@ from checkpoints import make_checkpoint
 
 from llama4_quant.architecture import Llama4Config
 from llama4_quant.cli.main import cli, main
+from llama4_quant.conversion import request
 from llama4_quant.planning.make import make_plan
 from llama4_quant.runtime.cache import cache_bytes
 from llama4_quant.runtime.cache_formats import CacheDtype
@@ -76,8 +77,7 @@ def test_convert_prints_a_table_and_writes(run: object, source: Path, tmp_path: 
 
 def test_convert_plans_once(run: object, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
-    module = sys.modules["llama4_quant.convert"]  # the function of that name hides it
-    monkeypatch.setattr(module, "make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1])
+    monkeypatch.setattr(request, "make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1])
     assert run("convert", source, "-o", tmp_path / "out").code == 0
     assert len(plans) == 1
 

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 from llama4_quant.checkpoint import hub_cache
 from llama4_quant.cli.main import main
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 
 ID = "org/model"
 OTHER = "f" * 40

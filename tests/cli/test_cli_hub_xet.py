@@ -18,7 +18,7 @@ from checkpoint.xet_server import XetStorage, running_xet
 from checkpoints import random_tensors, text_config, write_checkpoint
 from huggingface_hub import constants
 
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 
 pytest.importorskip("hf_xet")
 ROOT = Path(__file__).parents[2]

@@ -20,8 +20,8 @@ from unittest import mock
 from checkpoint.meta_files import meta_shards, params_json, write_meta
 from checkpoints import make_checkpoint, multimodal_config, random_tensors, text_config
 
-from llama4_quant.conversion import Conversion
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.run import Conversion
 
 VICTIM = b"somebody's file\n" * 64
 
@@ -83,8 +83,8 @@ def make_bases(folder: Path) -> Bases:
     clock = SimpleNamespace(perf_counter=lambda: 0.0)
     with (
         contextlib.chdir(folder),  # reports name their source as it was given
-        mock.patch("llama4_quant.convert.time", clock),
-        mock.patch("llama4_quant.conversion.time", clock),
+        mock.patch("llama4_quant.conversion.convert.time", clock),
+        mock.patch("llama4_quant.conversion.run.time", clock),
     ):
         source = make_checkpoint(Path("bf16"), text_config(num_hidden_layers=2))
         for path in source.iterdir():

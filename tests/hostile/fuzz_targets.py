@@ -21,9 +21,10 @@ from llama4_quant.checkpoint.manifest import MANIFEST_NAME
 from llama4_quant.checkpoint.paths import STAGING_NAME
 from llama4_quant.checkpoint.resume import FINGERPRINT_NAME, canonical_json
 from llama4_quant.config import Llama4Config
-from llama4_quant.convert import convert, dry_run
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.dry_run import dry_run
+from llama4_quant.conversion.report import REPORT_NAME
 from llama4_quant.inspect import inspect
-from llama4_quant.report import REPORT_NAME
 from llama4_quant.runtime.processor import ProcessorSettings
 from llama4_quant.runtime.sampling import GenerationSettings
 from llama4_quant.verify import verify

@@ -13,7 +13,7 @@ from hostile.folder_cases import edit_json
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME
 from llama4_quant.checkpoint.paths import STAGING_NAME
 from llama4_quant.checkpoint.resume import FINGERPRINT_NAME, canonical_json, digest
-from llama4_quant.report import REPORT_NAME
+from llama4_quant.conversion.report import REPORT_NAME
 
 JOURNAL = "journal-0.jsonl"
 SHARD = "model-00001-of-00001.safetensors"

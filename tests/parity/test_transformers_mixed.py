@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama4_quant import load
-from llama4_quant.report import Report
+from llama4_quant.conversion.report import Report
 from llama4_quant.runtime.model import Llama4Model
 
 SHARE_CLOSE = 0.75

@@ -33,7 +33,7 @@ import vllm_model
 from vllm_compare import HEADER, Continuation, Verdict, compare
 from vllm_rounding import Rounding, hidden_noise
 
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 from llama4_quant.runtime.loader import load
 from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.scheme import Scheme, SchemeName, preset

@@ -8,7 +8,7 @@ import pytest
 from checkpoints import multimodal_config, text_config
 
 from llama4_quant.architecture import Llama4Config, Role, linear_specs
-from llama4_quant.convert import dry_run
+from llama4_quant.conversion.dry_run import dry_run
 from llama4_quant.errors import CheckpointError, ConfigError, SchemeError
 from llama4_quant.planning.make import make_plan
 from llama4_quant.planning.plan import Plan

@@ -17,8 +17,8 @@ from pathlib import Path
 from resilience.resilience_tools import STAGING, num_finished, start
 
 from llama4_quant.checkpoint import files
-from llama4_quant.conversion import Conversion
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.run import Conversion
 from llama4_quant.errors import OutputError
 from llama4_quant.work import WorkItem
 

@@ -11,9 +11,9 @@ import time
 
 import torch
 
-from llama4_quant import ranks
 from llama4_quant.cli.main import main
-from llama4_quant.conversion import Conversion
+from llama4_quant.conversion import ranks
+from llama4_quant.conversion.run import Conversion
 
 BLIND = "LLAMA4_QUANT_TEST_BLIND"
 """Environment variable of a process that sees no locks of others, as on a file system that does not pass them on."""

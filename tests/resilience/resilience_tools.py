@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llama4_quant.checkpoint.resume import FINGERPRINT_NAME, digest
-from llama4_quant.conversion import Conversion
+from llama4_quant.conversion.run import Conversion
 from llama4_quant.work import WorkItem
 
 DRIVER = Path(__file__).with_name("driver.py")

@@ -18,7 +18,7 @@ from resilience.driver import BLIND
 from resilience.resilience_tools import DRIVER, ENVIRONMENT, STAGING, contents, num_finished, wait_for_items
 
 from llama4_quant.checkpoint.pulse import SECONDS_BETWEEN_PULSES, SECONDS_TO_WATCH
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 
 SCHEME = ("--scheme", "FP8_DYNAMIC", "--max-shard-size", "200kB", "--workers", 1)
 ENTER = (

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import make_checkpoint, text_config
 from resilience.resilience_tools import ENVIRONMENT, ROOT, STAGING, contents
 
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 from llama4_quant.errors import OutputError
 
 NUM_FULL = 30

@@ -18,7 +18,7 @@ from resilience.resilience_tools import (
 )
 
 from llama4_quant.checkpoint.journal import read_journals
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
 from llama4_quant.errors import OutputError
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")

@@ -24,8 +24,8 @@ from resilience.resilience_tools import (
 from llama4_quant.checkpoint import staging as staging_module
 from llama4_quant.checkpoint.journal import read_journals
 from llama4_quant.checkpoint.manifest import has_self_checksum, read_manifest, sha256
-from llama4_quant.conversion import Conversion
-from llama4_quant.convert import convert
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.run import Conversion
 from llama4_quant.errors import CheckpointError, OutputError, QuantizationError, UsageError
 from llama4_quant.inspect import inspect
 from llama4_quant.scheme import preset

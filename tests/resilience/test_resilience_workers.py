@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from resilience.resilience_tools import ENVIRONMENT, ROOT, contents
 
 from llama4_quant.cli.convert import convert_command
-from llama4_quant.convert import convert, dry_run
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.dry_run import dry_run
 from llama4_quant.errors import UsageError
 from llama4_quant.quantizers.backend import ENVIRONMENT_VARIABLE, BackendName, choose_backend
 

@@ -11,8 +11,9 @@ from calibrated_runs import calibrate, tiny_checkpoint, token_data
 
 from llama4_quant.calibration.records import CalibrationRecord, CalibrationReport, LayerRecord
 from llama4_quant.checkpoint.manifest import CHECKSUM_KEY, has_self_checksum
-from llama4_quant.convert import convert, dry_run
-from llama4_quant.report import REPORT_NAME, Report, WeightRecord
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.dry_run import dry_run
+from llama4_quant.conversion.report import REPORT_NAME, Report, WeightRecord
 from llama4_quant.scheme import preset
 
 SCHEME = preset("W4A16", group_size=32, quantize=["attention"], ignore=["re:.*layers.0.self_attn.q_proj"])

@@ -19,8 +19,9 @@ from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME, read_manifest, sha256
 from llama4_quant.checkpoint.resume import canonical_json
 from llama4_quant.cli.main import cli
-from llama4_quant.conversion import Conversion
-from llama4_quant.convert import convert, dry_run
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.dry_run import dry_run
+from llama4_quant.conversion.run import Conversion
 from llama4_quant.errors import CheckpointError, OutputError, QuantizationError, SchemeError, UsageError
 from llama4_quant.quantizers.quantize import quantize_weight
 from llama4_quant.scheme import preset
@@ -416,7 +417,7 @@ def test_on_the_command_line(source: Path, converted: Path, tmp_path: Path) -> N
     assert code == 0, output
     assert "with 1 model-parallel rank;" in " ".join(output.split())
     assert run_cli("convert", source, "--dry-run", "--format", "meta-fp8", "--model-parallel", 3)[0] == 1
-    config = Path(__file__).parent / "data" / "maverick.json"
+    config = Path(__file__).parent.parent / "data" / "maverick.json"
     plan = json.loads(run_cli("convert", config, "--dry-run", "--config-only", "--json", "--format", "meta-fp8")[1])
     assert "with 8 model-parallel ranks" in plan["notes"][0]
     code, output = run_cli("convert", source, "-o", tmp_path / "out", "--format", "meta-fp8", "--observer", "absmax")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import llama4_quant
 from llama4_quant.architecture import Llama4Config, linear_specs
-from llama4_quant.convert import convert, dry_run
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.dry_run import dry_run
 from llama4_quant.errors import (
     CheckpointError,
     ConfigError,

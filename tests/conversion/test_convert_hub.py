@@ -9,7 +9,8 @@ from checkpoint.hub_server import LocalHub, running_hub, whole
 from checkpoints import make_checkpoint, random_tensors, text_config, write_checkpoint
 
 from llama4_quant.checkpoint.manifest import MANIFEST_NAME
-from llama4_quant.convert import convert, dry_run
+from llama4_quant.conversion.convert import convert
+from llama4_quant.conversion.dry_run import dry_run
 from llama4_quant.errors import OutputError, UsageError
 from llama4_quant.inspect import inspect
 

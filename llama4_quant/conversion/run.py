@@ -12,15 +12,15 @@ from llama4_quant.checkpoint.journal import WrittenRange
 from llama4_quant.checkpoint.json_files import shown
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.writer import CheckpointWriter
+from llama4_quant.conversion.report import WeightRecord, weight_record
+from llama4_quant.conversion.workers import Workers
 from llama4_quant.errors import OutputError
 from llama4_quant.formats.compressed_tensors import EncodedRows
 from llama4_quant.notes import WeightNote
 from llama4_quant.planning.plan import Plan
 from llama4_quant.quantizers.backend import Backend
-from llama4_quant.report import WeightRecord, weight_record
 from llama4_quant.stream import Piece, Progress, encode_kept, encode_piece, quantize_piece, read_item, split_piece
 from llama4_quant.work import MemoryUse, WorkItem, buffer_sizes
-from llama4_quant.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
