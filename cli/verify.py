@@ -11,8 +11,9 @@ from llama4_quant.cli.progress import byte_progress
 from llama4_quant.cli.tables import console, largest_errors, size
 from llama4_quant.errors import UsageError
 from llama4_quant.runtime.loader import load_size
-from llama4_quant.verify import Verification, verify
-from llama4_quant.verify_files import listed_files
+from llama4_quant.verification.files import listed_files
+from llama4_quant.verification.findings import Verification
+from llama4_quant.verification.verify import verify
 
 EXIT_DAMAGED = 1
 

@@ -31,7 +31,7 @@ from llama4_quant.conversion.report import Report
 from llama4_quant.errors import CheckpointError, QuantizationError, SchemeError, UsageError
 from llama4_quant.ops.reference import round_fp8
 from llama4_quant.runtime.cache_formats import CacheFormat, CacheScales
-from llama4_quant.verify import verify
+from llama4_quant.verification.verify import verify
 
 FP8_MAX = 448.0
 POSITIVE = st.floats(2.0**-100, 2.0**100)

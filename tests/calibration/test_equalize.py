@@ -14,7 +14,7 @@ from llama4_quant.config import Llama4Config
 from llama4_quant.planning.make import make_plan
 from llama4_quant.planning.plan import Plan
 from llama4_quant.runtime.model import Llama4Model
-from llama4_quant.verify import verify
+from llama4_quant.verification.verify import verify
 
 SAMPLE = Path(__file__).parents[2] / "llama4_quant" / "sample" / "model"
 SCHEME = preset("W4A16", group_size=64, quantize=["attention"])

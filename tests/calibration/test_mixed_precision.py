@@ -16,7 +16,7 @@ from llama4_quant.conversion.report import Report
 from llama4_quant.errors import OutputError, UsageError
 from llama4_quant.planning.make import make_plan
 from llama4_quant.stored import quantized_weights
-from llama4_quant.verify import verify
+from llama4_quant.verification.verify import verify
 
 STAGING = ".llama4-quant-partial"
 

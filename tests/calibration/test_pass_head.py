@@ -26,7 +26,7 @@ from llama4_quant.calibration.weights import Weights
 from llama4_quant.conversion.report import Report
 from llama4_quant.runtime.loader import load
 from llama4_quant.scheme import Scheme, preset
-from llama4_quant.verify import verify
+from llama4_quant.verification.verify import verify
 
 ROUNDING = 1e-5  # of sums of some hundred float32 products, over two layers
 VOCABULARY = 300

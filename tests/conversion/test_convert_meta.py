@@ -25,7 +25,8 @@ from llama4_quant.conversion.run import Conversion
 from llama4_quant.errors import CheckpointError, OutputError, QuantizationError, SchemeError, UsageError
 from llama4_quant.quantizers.quantize import quantize_weight
 from llama4_quant.scheme import preset
-from llama4_quant.verify import Verification, verify
+from llama4_quant.verification.findings import Verification
+from llama4_quant.verification.verify import verify
 from llama4_quant.work import WorkItem
 
 CONFIG = multimodal_config(num_attention_heads=4, num_key_value_heads=2)

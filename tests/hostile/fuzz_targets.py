@@ -27,7 +27,7 @@ from llama4_quant.conversion.report import REPORT_NAME
 from llama4_quant.inspect import inspect
 from llama4_quant.runtime.processor import ProcessorSettings
 from llama4_quant.runtime.sampling import GenerationSettings
-from llama4_quant.verify import verify
+from llama4_quant.verification.verify import verify
 
 SHARD = "model-00001-of-00002.safetensors"
 Mutate = Callable[[bytes, random.Random], bytes]

@@ -20,7 +20,7 @@ from llama4_quant.calibration.weights import Weights
 from llama4_quant.checkpoint import journal
 from llama4_quant.errors import OutputError
 from llama4_quant.scheme import preset
-from llama4_quant.verify import verify
+from llama4_quant.verification.verify import verify
 
 SCHEME = preset("W4A16", group_size=32, quantize=["attention"], ignore=["re:.*layers.0.self_attn.k_proj"])
 

@@ -18,7 +18,8 @@ from llama4_quant.cli.main import main
 from llama4_quant.conversion.convert import convert
 from llama4_quant.errors import CheckpointError
 from llama4_quant.scheme import preset
-from llama4_quant.verify import Verification, verify
+from llama4_quant.verification.findings import Verification
+from llama4_quant.verification.verify import verify
 
 SCHEMES = {
     "w4a16": preset("W4A16", group_size=32, quantize=["attention", "lm-head"]),

@@ -1,12 +1,6 @@
-"""Is a converted checkpoint whole? Every byte, every header, every code; and with the source, how far every weight is.
+"""Verifying a checkpoint in Hugging Face layout: what its tensors decode to, alone and against the source.
 
-Four questions, each only as deep as the ones before allow:
-
-- bytes: the SHA-256 ranges of manifest.json tile every file, so one flipped bit is found, and placed;
-- structure: headers, index, config.json and the tensors agree, as for loading;
-- values: codes and scales decode to finite numbers;
-- the source, if given: kept weights are equal to it, and quantized ones as far from it as the report says; both up to
-  the powers of two that calibration has moved between weights, which are computed again.
+Weights are looked at some rows at a time, and compared with the pieces that the source is converted in.
 """
 
 import dataclasses
@@ -19,11 +13,8 @@ from typing import Self
 import torch
 
 from llama4_quant.calibration.equalize import Equalizer
-from llama4_quant.checkpoint.json_files import read_json
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.checkpoint.source import open_source
 from llama4_quant.config import Llama4Config
-from llama4_quant.conversion.report import REPORT_NAME
 from llama4_quant.errors import CheckpointError, Llama4QuantError
 from llama4_quant.formats import compressed_tensors
 from llama4_quant.formats.choice import CheckpointFormat
@@ -42,72 +33,18 @@ from llama4_quant.stored import (
 )
 from llama4_quant.stored_fused import expert_rows, fused_weights, is_fbgemm, is_fused, read_expert
 from llama4_quant.stream import Piece, Progress, read_pieces
-from llama4_quant.verification import (
-    Problem,
-    Verification,
-    WeightDistance,
-    broken_promise,
-    distance,
-    is_finite,
-)
-from llama4_quant.verify_files import check_files, listed_files
-from llama4_quant.verify_meta import MetaOutput
-
-__all__ = ["Problem", "Verification", "WeightDistance", "verify"]
+from llama4_quant.verification.findings import Problem, WeightDistance, broken_promise, distance, is_finite
+from llama4_quant.verification.promises import is_equalized
 
 READ_BYTES = 16 * 2**20
 
 
-def verify(
-    output: str | Path,
-    *,
-    source: str | Path | None = None,
-    revision: str | None = None,
-    progress: Progress | None = None,
-) -> Verification:
-    """Check a checkpoint that `convert` wrote.
+class HuggingFaceOutput:
+    """An open output.
 
-    Args:
-        output: its folder.
-        source: the BF16 checkpoint (a folder, or a Hub id) that it was made from; adds the distance of every weight.
-        revision: branch, tag or commit of a Hub id.
-        progress: called with what is checked and the bytes done more than before.
-
-    Returns:
-        All problems found; damage is data here, not an exception.
-
-    Raises:
-        CheckpointError: `output` is not a folder with a manifest, or the source cannot be used.
+    Attributes:
+        num_weights: weights of the model.
     """
-    folder = Path(output)
-    files = listed_files(folder)
-    problems = [*check_files(folder, files, progress)]
-    is_meta = any(file.name.endswith(".pth") for file in files)
-    num_weights = 0
-    distances: list[WeightDistance] = []
-    try:
-        with (MetaOutput if is_meta else _HuggingFaceOutput).open(folder) as found:
-            num_weights = found.num_weights
-            problems += found.check_values()
-            if source is not None:
-                with open_source(str(source), revision) as original:
-                    distances, wrong = found.compare(original, _promised(folder), progress)
-                problems += wrong
-    except Llama4QuantError as error:
-        problems.append(Problem(where=str(folder), what=str(error)))
-    return Verification(
-        output=str(output),
-        source=None if source is None else str(source),
-        num_files=len(files),
-        num_bytes=sum(file.size for file in files),
-        num_weights=num_weights,
-        problems=tuple(problems),
-        distances=tuple(distances),
-    )
-
-
-class _HuggingFaceOutput:
-    """An open output in Hugging Face layout; a context manager."""
 
     def __init__(self, reader: CheckpointReader, weights: tuple[StoredWeight, ...]) -> None:
         self._reader = reader
@@ -117,10 +54,17 @@ class _HuggingFaceOutput:
     @classmethod
     @contextmanager
     def open(cls, folder: Path) -> Iterator[Self]:
+        """Open the files and check that they hold exactly the weights of the model in config.json.
+
+        Raises:
+            CheckpointError: files are missing or damaged, or tensors are not the model's.
+            ConfigError: config.json is not usable.
+        """
         with CheckpointReader.open(folder) as reader:
             yield cls(reader, _stored(reader))
 
     def check_values(self) -> Iterator[Problem]:
+        """Everything is decoded; NaN and Inf are problems in scales, FP8 codes and unquantized values alike."""
         for weight in self._weights:
             yield from _check_values(weight, self._reader)
         yield from _check_cache_scales(self._reader)
@@ -128,7 +72,37 @@ class _HuggingFaceOutput:
     def compare(
         self, source: CheckpointReader, promised: Mapping[str, float], progress: Progress | None
     ) -> tuple[list[WeightDistance], list[Problem]]:
-        return _compare(source, self._weights, self._reader, promised, progress)
+        """Kept weights must equal the source; quantized ones must be as far from it as `promised` by the report.
+
+        Raises:
+            CheckpointError: the source is another model.
+        """
+        by_name = {weight.name: weight for weight in self._weights}
+        distances: list[WeightDistance] = []
+        problems: list[Problem] = []
+        plan = make_plan(Llama4Config.from_dict(source.config), None, source.tensors, _format_of(self._weights))
+        _check_same_model(plan, by_name)
+        equalizer = None
+        if is_equalized(self._reader.path):
+            equalizer = Equalizer(plan, lambda name: by_name[name].scheme, source)
+        for tensor in plan.tensors:
+            sums: dict[str, WeightError] = {}
+            for original in read_pieces(source, tensor):
+                piece = original if equalizer is None else _equalized(original, equalizer)
+                weight = by_name[piece.decision.name]
+                if weight.scheme is not None:
+                    error = _error(weight, piece, self._reader)
+                    sums[weight.name] = error.merge(sums[weight.name]) if weight.name in sums else error
+                elif not _equals_source(weight, piece, self._reader):
+                    problems.append(Problem(where=weight.name, what="differs from the source, but was to be kept"))
+                if progress is not None:
+                    progress(weight.name, piece.num_bytes)
+            for name, error in sums.items():
+                scheme = by_name[name].scheme
+                assert scheme is not None
+                distances.append(distance(name, scheme, error))
+        problems += [problem for found in distances if (problem := broken_promise(found, promised))]
+        return distances, problems
 
 
 def _stored(reader: CheckpointReader) -> tuple[StoredWeight, ...]:
@@ -184,61 +158,6 @@ def _row_ranges(weight: StoredWeight) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step))
 
 
-def _promised(folder: Path) -> dict[str, float]:
-    """Relative errors by weight, as the report has them."""
-    try:
-        weights = read_json(folder / REPORT_NAME, CheckpointError)["weights"]
-        return {w["name"]: w["relative_error"] for w in weights if isinstance(w["relative_error"], float)}
-    except (CheckpointError, KeyError, TypeError):
-        return {}  # a damaged report is a problem that _check_report names
-
-
-def _compare(
-    source: CheckpointReader,
-    weights: tuple[StoredWeight, ...],
-    output: CheckpointReader,
-    promised: Mapping[str, float],
-    progress: Progress | None,
-) -> tuple[list[WeightDistance], list[Problem]]:
-    by_name = {weight.name: weight for weight in weights}
-    distances: list[WeightDistance] = []
-    problems: list[Problem] = []
-    plan = make_plan(Llama4Config.from_dict(source.config), None, source.tensors, _format_of(weights))
-    _check_same_model(plan, by_name)
-    equalizer = None
-    if _is_equalized(output.path):
-        equalizer = Equalizer(plan, lambda name: by_name[name].scheme, source)
-    for tensor in plan.tensors:
-        sums: dict[str, WeightError] = {}
-        for original in read_pieces(source, tensor):
-            piece = original if equalizer is None else _equalized(original, equalizer)
-            weight = by_name[piece.decision.name]
-            if weight.scheme is not None:
-                error = measure(
-                    piece.values[0].T if piece.decision.fused else piece.values, _decoded(weight, piece, output)
-                )
-                sums[weight.name] = error.merge(sums[weight.name]) if weight.name in sums else error
-            elif not _equals_source(weight, piece, output):
-                problems.append(Problem(where=weight.name, what="differs from the source, but was to be kept"))
-            if progress is not None:
-                progress(weight.name, piece.num_bytes)
-        for name, error in sums.items():
-            scheme = by_name[name].scheme
-            assert scheme is not None
-            distances.append(distance(name, scheme, error))
-    problems += [problem for found in distances if (problem := broken_promise(found, promised))]
-    return distances, problems
-
-
-def _is_equalized(folder: Path) -> bool:
-    """Whether the report says that powers of two were moved between weights."""
-    try:
-        calibration = read_json(folder / REPORT_NAME, CheckpointError)["calibration"]
-        return calibration is not None and calibration["equalized"] is True
-    except (CheckpointError, KeyError, TypeError):
-        return False
-
-
 def _equalized(piece: Piece, equalizer: Equalizer) -> Piece:
     factors = equalizer.factors(piece.decision.name)
     return dataclasses.replace(piece, values=factors.apply(piece.values, piece.row_start))
@@ -258,6 +177,12 @@ def _check_same_model(plan: Plan, weights: Mapping[str, StoredWeight]) -> None:
             f"{differing[0]}: the output and the source are of different models ({len(differing)} weights differ in "
             "name or shape); give the checkpoint that the output was made of"
         )
+
+
+def _error(weight: StoredWeight, piece: Piece, output: CheckpointReader) -> WeightError:
+    """How far the rows of a quantized weight are from a piece of the source."""
+    original = piece.values[0].T if piece.decision.fused else piece.values
+    return measure(original, _decoded(weight, piece, output))
 
 
 def _decoded(weight: StoredWeight, piece: Piece, output: CheckpointReader) -> QuantizedWeight:

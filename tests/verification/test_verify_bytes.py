@@ -2,7 +2,7 @@
 
 Each byte of every file but the weights, each byte of every shard's header, and some thousand bytes of weights. A flip
 is looked for by the check that `verify` makes of that file, since all of `verify` takes some hundredths of a second;
-tests/test_verify.py goes through the front door.
+tests/verification/test_verify.py goes through the front door.
 """
 
 import random
@@ -16,8 +16,8 @@ from llama4_quant.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from llama4_quant.conversion.convert import convert
 from llama4_quant.conversion.report import REPORT_NAME
 from llama4_quant.errors import CheckpointError
-from llama4_quant.verify import verify
-from llama4_quant.verify_files import _check_file, _check_report, check_files
+from llama4_quant.verification.files import _check_file, _check_report, check_files
+from llama4_quant.verification.verify import verify
 
 NUM_WEIGHT_BYTES = 2000
 CONFIG = text_config(

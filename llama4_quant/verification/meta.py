@@ -30,7 +30,7 @@ from llama4_quant.quantizers.error import WeightError, measure
 from llama4_quant.quantizers.quantize import QuantizedWeight
 from llama4_quant.scheme import preset
 from llama4_quant.stream import Piece, Progress, encode_kept, read_pieces, split_piece
-from llama4_quant.verification import Problem, WeightDistance, broken_promise, distance, is_finite
+from llama4_quant.verification.findings import Problem, WeightDistance, broken_promise, distance, is_finite
 
 CHUNK_BYTES = 64 * 2**20
 """What is read at a time of a tensor whose values are checked."""

@@ -10,7 +10,7 @@ from llama4_quant.checkpoint.paths import STAGING_NAME
 from llama4_quant.conversion.report import REPORT_NAME
 from llama4_quant.errors import CheckpointError
 from llama4_quant.stream import Progress
-from llama4_quant.verification import Problem
+from llama4_quant.verification.findings import Problem
 
 READ_BYTES = 16 * 2**20
 
