@@ -4,14 +4,8 @@ Every limit is several times what the largest Llama 4 has. Sizes are counted wit
 absurd size is refused before anything is built for it.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from llama4_quant.config_sections import TextConfig, VisionConfig
 from llama4_quant.errors import ConfigError
-
-if TYPE_CHECKING:
-    from llama4_quant.config import TextConfig, VisionConfig
 
 MAX_LAYERS = 1024
 MAX_EXPERTS = 16384

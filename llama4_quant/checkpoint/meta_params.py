@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llama4_quant.checkpoint.json_fields import Fields
 from llama4_quant.checkpoint.json_files import shown
-from llama4_quant.config_fields import Fields
 from llama4_quant.config_limits import MAX_LAYERS
 from llama4_quant.errors import ConfigError
 

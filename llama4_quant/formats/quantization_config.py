@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from llama4_quant.checkpoint.json_fields import Fields
 from llama4_quant.checkpoint.json_files import named, shown
-from llama4_quant.config_fields import Fields
 from llama4_quant.errors import ConfigError
 from llama4_quant.formats.patterns import Patterns
 from llama4_quant.scheme import (

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llama4_quant.checkpoint.json_fields import LARGEST_NUMBER, Fields
 from llama4_quant.checkpoint.json_files import read_json, shown
 from llama4_quant.config import VisionConfig
-from llama4_quant.config_fields import LARGEST_NUMBER, Fields
 from llama4_quant.errors import ConfigError, UsageError
 from llama4_quant.runtime.image_files import ImageSource, rgb_pixels
 

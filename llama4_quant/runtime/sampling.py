@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama4_quant.checkpoint.json_fields import Fields
 from llama4_quant.checkpoint.json_files import read_json, shown
-from llama4_quant.config_fields import Fields
 from llama4_quant.errors import ConfigError, Llama4QuantError, UsageError
 from llama4_quant.runtime.cache_formats import CacheDtype
 
