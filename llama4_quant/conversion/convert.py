@@ -134,17 +134,12 @@ def _carry_out(
     """Do what is left of the items, here and beside other processes, and make the output visible."""
     plan, calibration = preparation.plan, preparation.calibration
     config, items, layout = output_config(plan, reader), work_items(plan), output_layout(plan, target.shard_size)
+    job = _job(target, preparation, reader)
     with ExitStack() as stack:
         with target.rank.meeting() as meet:
             target.rank.check_shared(target.staging)
             writer = stack.enter_context(
-                CheckpointWriter(
-                    target.out,
-                    layout,
-                    overwrite=target.overwrite,
-                    source=reader.path,
-                    job=_job(target, preparation, reader),
-                )
+                CheckpointWriter(target.out, layout, overwrite=target.overwrite, source=reader.path, job=job)
             )
             share = _share(preparation, items, writer, reader, target.rank)
             if isinstance(reader, HubReader):

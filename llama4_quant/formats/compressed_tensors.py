@@ -12,7 +12,8 @@ Scales of an FP8 KV cache, per attention module `name`:
 
                                      name.k_scale, name.v_scale    fp32   [1]
 
-Always one 2-D weight per module, experts too. What the model's config.json says about it is in quantization_config.py.
+Always one 2-D weight per module, experts too. What the model's config.json says about it is written in
+quantization_config.py and read in parsed_quantization.py.
 """
 
 from collections.abc import Mapping
@@ -23,12 +24,8 @@ from torch import Tensor
 
 from llama4_quant.checkpoint.layout import OutputTensor
 from llama4_quant.errors import CheckpointError
-from llama4_quant.formats.quantization_config import (
-    ParsedQuantization,
-    mixed_quantization_config,
-    parse_quantization_config,
-    quantization_config,
-)
+from llama4_quant.formats.parsed_quantization import ParsedQuantization, parse_quantization_config
+from llama4_quant.formats.quantization_config import mixed_quantization_config, quantization_config
 from llama4_quant.quantizers.lanes import rows_per_scale
 from llama4_quant.quantizers.packed import PackedWeight
 from llama4_quant.quantizers.packing import pack_int4, packed_features, unpack_int4

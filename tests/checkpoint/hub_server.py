@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from checkpoint.checkpoint_files import sharded
-from checkpoint.xet_server import XetStorage, token_headers
+from checkpoint.xet_server import XetStorage, byte_span, token_headers
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
@@ -166,7 +166,7 @@ class _StorageHandler(_Handler):
         if hub.damage[name] and wanted is None:
             hub.damage[name] -= 1
             data = data[:-1] + bytes([data[-1] ^ 1])
-        start, stop = _span(None if hub.ignores_ranges else wanted, len(data))
+        start, stop = byte_span(None if hub.ignores_ranges else wanted, len(data))
         headers = {"Content_Range": f"bytes {start}-{stop - 1}/{len(data)}"} if stop - start < len(data) else {}
         self._send(name, data[start:stop], 206 if headers else 200, headers)
 
@@ -180,13 +180,6 @@ class _StorageHandler(_Handler):
         self.end_headers()
         self.wfile.write(body[:cut])
         self.close_connection = cut < len(body)
-
-
-def _span(wanted: str | None, size: int) -> tuple[int, int]:
-    if wanted is None:
-        return 0, size
-    first, last = wanted.removeprefix("bytes=").split("-")
-    return int(first), min(size, int(last) + 1 if last else size)
 
 
 @contextmanager

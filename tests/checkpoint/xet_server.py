@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(401, b"")
             return
         data = self.storage.files[name]
-        start, stop = _span(self.headers.get("Range"), len(data))
+        start, stop = byte_span(self.headers.get("Range"), len(data))
         if start >= len(data):
             self.answer(416, b"")
             return
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(answer).encode(), **{"Content-Type": "application/json"})
 
     def _content(self, stored: bytes) -> None:
-        start, stop = _span(self.headers.get("Range"), len(stored))
+        start, stop = byte_span(self.headers.get("Range"), len(stored))
         body = stored[start:stop]
         cut = self.storage.cuts.pop(0) if self.storage.cuts else len(body)
         self.storage.num_sent += len(body[:cut])
@@ -129,7 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = cut < len(body)
 
 
-def _span(wanted: str | None, size: int) -> tuple[int, int]:
+def byte_span(wanted: str | None, size: int) -> tuple[int, int]:
+    """Start and stop of a `Range` header; all bytes without one."""
     if wanted is None:
         return 0, size
     first, last = wanted.removeprefix("bytes=").split("-")

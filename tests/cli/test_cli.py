@@ -2,15 +2,15 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import click
 import pytest
 from checkpoints import make_checkpoint
+from cli_runs import run_cli
 
 from llama4_quant.architecture import Llama4Config
-from llama4_quant.cli.main import cli, main
+from llama4_quant.cli.main import cli
 from llama4_quant.conversion import request
 from llama4_quant.planning.make import make_plan
 from llama4_quant.runtime.cache import cache_bytes
@@ -22,37 +22,14 @@ PROMPT = "Return a new string object with"
 MAVERICK = Path(__file__).parent.parent / "data" / "maverick.json"
 
 
-class Ran:
-    """What a command printed and how it ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
-    def run_command(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["llama4-quant", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return run_command
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("cli") / "bf16")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.commands)], ids=" ".join)
-def test_help_names_every_command_and_fits_the_contract(run: object, command: list[str]) -> None:
-    ran = run(*command, "--help")
+def test_help_names_every_command_and_fits_the_contract(command: list[str]) -> None:
+    ran = run_cli(*command, "--help")
     assert ran.code == 0
     assert "Usage: llama4-quant" in ran.out
     assert ran.err == ""
@@ -62,12 +39,12 @@ def test_help_names_every_command_and_fits_the_contract(run: object, command: li
     assert set(cli.commands) == {"convert", "inspect", "verify", "generate", "chat", "eval", "demo"}
 
 
-def test_version(run: object) -> None:
-    assert run("--version").out.startswith("llama4-quant, version 0.")
+def test_version() -> None:
+    assert run_cli("--version").out.startswith("llama4-quant, version 0.")
 
 
-def test_convert_prints_a_table_and_writes(run: object, source: Path, tmp_path: Path) -> None:
-    ran = run("convert", source, "-o", tmp_path / "out", "--group-size", 32, "--quantize", "attention")
+def test_convert_prints_a_table_and_writes(source: Path, tmp_path: Path) -> None:
+    ran = run_cli("convert", source, "-o", tmp_path / "out", "--group-size", 32, "--quantize", "attention")
     assert ran.code == 0
     assert "W4A16 (int4 g32, mse)" in ran.out
     assert "not asked for: --quantize lm-head" in ran.out
@@ -75,33 +52,33 @@ def test_convert_prints_a_table_and_writes(run: object, source: Path, tmp_path: 
     assert str(tmp_path / "out") in ran.out
 
 
-def test_convert_plans_once(run: object, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_plans_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
     monkeypatch.setattr(request, "make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1])
-    assert run("convert", source, "-o", tmp_path / "out").code == 0
+    assert run_cli("convert", source, "-o", tmp_path / "out").code == 0
     assert len(plans) == 1
 
 
-def test_convert_json_is_the_report(run: object, source: Path, tmp_path: Path) -> None:
-    ran = run("convert", source, "-o", tmp_path / "out", "--scheme", "fp8-dynamic", "--json")
+def test_convert_json_is_the_report(source: Path, tmp_path: Path) -> None:
+    ran = run_cli("convert", source, "-o", tmp_path / "out", "--scheme", "fp8-dynamic", "--json")
     assert json.loads(ran.out) == json.loads((tmp_path / "out" / "quantization_report.json").read_text())
 
 
-def test_kv_cache_scales_need_calibration(run: object, source: Path, tmp_path: Path) -> None:
-    ran = run("convert", source, "-o", tmp_path / "out", "--group-size", 32, "--kv-cache-scheme", "fp8")
+def test_kv_cache_scales_need_calibration(source: Path, tmp_path: Path) -> None:
+    ran = run_cli("convert", source, "-o", tmp_path / "out", "--group-size", 32, "--kv-cache-scheme", "fp8")
     assert ran.code != 0
     assert "--kv-cache-scheme is for calibration, and rtn rounds to nearest without data" in ran.err
     assert not (tmp_path / "out").exists()
     planned = ("convert", source, "--dry-run", "--group-size", 32, "--json")
-    plain = json.loads(run(*planned).out)
-    cached = json.loads(run(*planned, "--algorithm", "gptq", "--kv-cache-scheme", "fp8").out)
+    plain = json.loads(run_cli(*planned).out)
+    cached = json.loads(run_cli(*planned, "--algorithm", "gptq", "--kv-cache-scheme", "fp8").out)
     assert cached["totals"]["bytes_out"] == plain["totals"]["bytes_out"] + 4 * 2 * 4
     assert cached["weights"] == plain["weights"]
 
 
-def test_dry_run_of_maverick_without_weights(run: object, tmp_path: Path) -> None:
+def test_dry_run_of_maverick_without_weights(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    ran = run("convert", "--dry-run", "--config-only", MAVERICK, "--scheme", "W4A16", "--save-plan", plan)
+    ran = run_cli("convert", "--dry-run", "--config-only", MAVERICK, "--scheme", "W4A16", "--save-plan", plan)
     assert ran.code == 0
     assert "401.6 B parameters, 803.2 GB in, 215.9 GB out: 4.302 bits per weight" in ran.out
     assert "9,216" in ran.out
@@ -109,21 +86,21 @@ def test_dry_run_of_maverick_without_weights(run: object, tmp_path: Path) -> Non
     assert saved["totals"]["bytes_in"] == 803_167_562_752
     # 1,061 tensors, of which 48 are fused experts: 24 layers x 128 experts x 3 projections instead.
     assert len(saved["weights"]) == 1_061 - 48 + 24 * 128 * 3
-    assert saved == json.loads(run("convert", "--dry-run", "--config-only", MAVERICK, "--json").out)
+    assert saved == json.loads(run_cli("convert", "--dry-run", "--config-only", MAVERICK, "--json").out)
 
 
 @pytest.mark.parametrize(
     "pattern", [r"re:.*layers\.[a-z0]\..*_proj", r"re:.*layers\.0\..*[/gu].*proj", "re:.*:cat:|.*gate"]
 )
-def test_patterns_are_shown_as_they_are(run: object, source: Path, pattern: str) -> None:
+def test_patterns_are_shown_as_they_are(source: Path, pattern: str) -> None:
     """Brackets and colons mean something to rich: it would drop `[a-z0]` and fail on `[/gu]`."""
-    ran = run("convert", "--dry-run", source, "--group-size", 32, "--ignore", pattern, "--ignore", "re:.*experts")
+    ran = run_cli("convert", "--dry-run", source, "--group-size", 32, "--ignore", pattern, "--ignore", "re:.*experts")
     assert ran.code == 0
     assert f"--ignore {pattern}" in ran.out
 
 
-def test_dry_run_writes_nothing(run: object, source: Path, tmp_path: Path) -> None:
-    assert run("convert", source, "-o", tmp_path / "out", "--dry-run").code == 0
+def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    assert run_cli("convert", source, "-o", tmp_path / "out", "--dry-run").code == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,10 +132,8 @@ def test_dry_run_writes_nothing(run: object, source: Path, tmp_path: Path) -> No
         (["frobnicate"], 2, "No such command"),
     ],
 )
-def test_mistakes_give_one_message(
-    run: object, source: Path, tmp_path: Path, arguments: list[str], code: int, message: str
-) -> None:
-    ran = run(*(argument.format(source=source, tmp=tmp_path) for argument in arguments))
+def test_mistakes_give_one_message(source: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    ran = run_cli(*(argument.format(source=source, tmp=tmp_path) for argument in arguments))
     assert ran.code == code
     assert message in ran.err
     assert ran.out == ""
@@ -168,75 +143,77 @@ def test_mistakes_give_one_message(
     assert not (tmp_path / "out").exists()
 
 
-def test_debug_shows_the_traceback(run: object, tmp_path: Path) -> None:
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
-        run("--debug", "inspect", tmp_path / "nowhere")
+        run_cli("--debug", "inspect", tmp_path / "nowhere")
 
 
-def test_inspect_json(run: object) -> None:
-    found = json.loads(run("inspect", SAMPLE_DIR, "--json").out)
+def test_inspect_json() -> None:
+    found = json.loads(run_cli("inspect", SAMPLE_DIR, "--json").out)
     assert found["num_bytes"] == 2 * found["num_weights"]
     assert sum(role["num_weights"] for role in found["roles"]) == found["num_weights"]
-    assert "experts.7.down_proj" in run("inspect", SAMPLE_DIR, "--weights").out
+    assert "experts.7.down_proj" in run_cli("inspect", SAMPLE_DIR, "--weights").out
 
 
-def test_inspect_says_what_a_cache_takes(run: object) -> None:
-    facts = dict(json.loads(run("inspect", SAMPLE_DIR, "--context", 1000, "--json").out)["facts"])
+def test_inspect_says_what_a_cache_takes() -> None:
+    facts = dict(json.loads(run_cli("inspect", SAMPLE_DIR, "--context", 1000, "--json").out)["facts"])
     text = Llama4Config.from_dict(json.loads((SAMPLE_DIR / "config.json").read_text())).text
     for kind in ("bf16", "fp8", "int8"):
         predicted = cache_bytes(text, 1000, kind=CacheDtype(kind))
         assert facts[f"KV cache, 1,000 tokens, {kind}"].startswith(f"{predicted:,} bytes (")
-    refused = run("inspect", SAMPLE_DIR, "--context", 0)
+    refused = run_cli("inspect", SAMPLE_DIR, "--context", 0)
     assert refused.code == 1
     assert "context is 0, expected at least 1" in refused.err
 
 
 @pytest.mark.parametrize("flags", [("--kv-cache-dtype", "int8"), ("--prefill-chunk-size", 5), ("--attention", "eager")])
-def test_generate_with_other_caches_chunks_and_attention(run: object, flags: tuple[object, ...]) -> None:
+def test_generate_with_other_caches_chunks_and_attention(flags: tuple[object, ...]) -> None:
     command = ("generate", SAMPLE_DIR, "--prompt", "What is a list?", "--max-new-tokens", 4, "--json", *flags)
-    assert json.loads(run(*command).out)["text"].strip()
+    assert json.loads(run_cli(*command).out)["text"].strip()
 
 
-def test_generate_streams_text_and_counts(run: object) -> None:
-    ran = run("generate", SAMPLE_DIR, "--prompt", PROMPT, "--max-new-tokens", 5, "--raw")
+def test_generate_streams_text_and_counts() -> None:
+    ran = run_cli("generate", SAMPLE_DIR, "--prompt", PROMPT, "--max-new-tokens", 5, "--raw")
     assert ran.code == 0
     assert re.fullmatch(
         r"\d+ prompt tokens \(at [\d.]+ tokens/s\), first token after \d+\.\d\d s, "
         r"5 new tokens \(at [\d.]+ tokens/s\), peak memory [\d.]+ [MG]B, ended by length\n",
         ran.err,
     )
-    as_json = json.loads(run("generate", SAMPLE_DIR, "--prompt", PROMPT, "--max-new-tokens", 5, "--raw", "--json").out)
+    as_json = json.loads(
+        run_cli("generate", SAMPLE_DIR, "--prompt", PROMPT, "--max-new-tokens", 5, "--raw", "--json").out
+    )
     assert as_json["text"] == ran.out.removesuffix("\n")
     assert as_json["num_new_tokens"] == 5
 
 
-def test_generate_on_the_fly_equals_offline(run: object, tmp_path: Path) -> None:
-    run("convert", SAMPLE_DIR, "-o", tmp_path / "out", "--scheme", "W4A16", "--group-size", 64)
+def test_generate_on_the_fly_equals_offline(tmp_path: Path) -> None:
+    run_cli("convert", SAMPLE_DIR, "-o", tmp_path / "out", "--scheme", "W4A16", "--group-size", 64)
     arguments = ["--prompt", "What is `len`?", "--max-new-tokens", 12]
-    offline = run("generate", tmp_path / "out", *arguments)
-    on_the_fly = run("generate", SAMPLE_DIR, "--scheme", "W4A16", "--group-size", 64, *arguments)
+    offline = run_cli("generate", tmp_path / "out", *arguments)
+    on_the_fly = run_cli("generate", SAMPLE_DIR, "--scheme", "W4A16", "--group-size", 64, *arguments)
     assert offline.out == on_the_fly.out != ""
 
 
-def test_eval_table_and_json(run: object, tmp_path: Path) -> None:
-    run("convert", SAMPLE_DIR, "-o", tmp_path / "out", "--scheme", "W4A16")
+def test_eval_table_and_json(tmp_path: Path) -> None:
+    run_cli("convert", SAMPLE_DIR, "-o", tmp_path / "out", "--scheme", "W4A16")
     arguments = ["--reference", SAMPLE_DIR, "--text", HELD_OUT_TEXT, "--seq-length", 64, "--num-windows", 3]
-    ran = run("eval", tmp_path / "out", *arguments)
+    ran = run_cli("eval", tmp_path / "out", *arguments)
     assert ran.code == 0
     for line in ("perplexity", "KL to reference (nats/token)", "top-1 agreement", "standard error"):
         assert line in ran.out
-    result = json.loads(run("eval", tmp_path / "out", *arguments, "--json").out)
+    result = json.loads(run_cli("eval", tmp_path / "out", *arguments, "--json").out)
     assert result["num_tokens"] == 3 * 63
     assert result["comparison"]["divergence"]["value"] > 0
-    itself = json.loads(run("eval", SAMPLE_DIR, *arguments, "--json").out)
+    itself = json.loads(run_cli("eval", SAMPLE_DIR, *arguments, "--json").out)
     assert itself["comparison"]["divergence"]["value"] == 0
     assert itself["comparison"]["agreement"]["value"] == 1
 
 
-def test_eval_text_too_short_says_how_many_windows_fit(run: object, tmp_path: Path) -> None:
+def test_eval_text_too_short_says_how_many_windows_fit(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("hello " * 50)
-    ran = run("eval", SAMPLE_DIR, "--text", text, "--seq-length", 32, "--num-windows", 100)
+    ran = run_cli("eval", SAMPLE_DIR, "--text", text, "--seq-length", 32, "--num-windows", 100)
     assert ran.code == 1
     assert "windows of 32 positions fit, but 100 are needed" in ran.err
 

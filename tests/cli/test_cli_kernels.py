@@ -2,65 +2,44 @@
 
 import json
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_runs import run_cli
 
-from llama4_quant.cli.main import main
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
 
-Run = Callable[..., tuple[int, str, str]]
 PROMPT = ["--prompt", "Return a new string object with", "--raw", "--max-new-tokens", 8]
 WINDOWS = ["--text", HELD_OUT_TEXT, "--seq-length", 64, "--num-windows", 2, "--json"]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llama4-quant", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
-
-
-def _evaluation(run: Run, *arguments: object) -> dict[str, Any]:
-    code, out, err = run("eval", SAMPLE_DIR, "--reference", SAMPLE_DIR, *WINDOWS, *arguments)
-    assert code == 0, err
-    result: dict[str, Any] = json.loads(out)
+def _evaluation(*arguments: object) -> dict[str, Any]:
+    ran = run_cli("eval", SAMPLE_DIR, "--reference", SAMPLE_DIR, *WINDOWS, *arguments)
+    assert ran.code == 0, ran.err
+    result: dict[str, Any] = json.loads(ran.out)
     return result
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
-def test_another_kernel_computes_the_same_model(run: Run, kernel: str) -> None:
+def test_another_kernel_computes_the_same_model(kernel: str) -> None:
     scheme = ["--scheme", "W4A16", "--group-size", 64, "--kernel"]
-    losses = [math.log(_evaluation(run, *scheme, name)["perplexity"]["value"]) for name in (kernel, "reference")]
+    losses = [math.log(_evaluation(*scheme, name)["perplexity"]["value"]) for name in (kernel, "reference")]
     # bfloat16 rounds logits of 8 to 16 by up to 2^-5, so the loss of a token by up to twice that; wrong weights cost
     # several nats.
     assert abs(losses[0] - losses[1]) < 2 * 2**-5
-    assert run("generate", SAMPLE_DIR, *PROMPT, *scheme, kernel)[1].startswith(" the same")
+    assert run_cli("generate", SAMPLE_DIR, *PROMPT, *scheme, kernel).out.startswith(" the same")
 
 
-def test_a_kernel_that_cannot_is_one_message(run: Run) -> None:
-    code, out, err = run(
-        "generate", SAMPLE_DIR, *PROMPT, "--scheme", "FP8_DYNAMIC", "--dtype", "float32", "--kernel", "torch"
-    )
-    assert (code, out) == (1, "")
-    assert err.count("\n") == 1
-    assert "torch: dtype float32: the kernels take bfloat16; reference: can run" in err
+def test_a_kernel_that_cannot_is_one_message() -> None:
+    ran = run_cli("generate", SAMPLE_DIR, *PROMPT, "--scheme", "FP8_DYNAMIC", "--dtype", "float32", "--kernel", "torch")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.count("\n") == 1
+    assert "torch: dtype float32: the kernels take bfloat16; reference: can run" in ran.err
 
 
 @pytest.mark.parametrize(("lm_head", "bound"), [("int8", 1e-4), ("int4", 2e-2)])
-def test_a_quantized_head_moves_the_logits_a_little(run: Run, lm_head: str, bound: float) -> None:
+def test_a_quantized_head_moves_the_logits_a_little(lm_head: str, bound: float) -> None:
     """Logits that are off by independent errors of variance v move a softmax by v / 2 nats.
 
     int8: half a step is 1/254 of a row's largest weight, which is four times the rms or less, and an error spreads
@@ -68,16 +47,16 @@ def test_a_quantized_head_moves_the_logits_a_little(run: Run, lm_head: str, boun
     with a scale per 32: the largest of 32 weights is 2.5 times the rms, half a step 1/15 of it: v / 2 < (2.5 / 15)^2
     / 6 < 5e-3, and four times that for logits with a deviation of 2.
     """
-    result = _evaluation(run, "--lm-head", lm_head)
+    result = _evaluation("--lm-head", lm_head)
     divergence = result["comparison"]["divergence"]["value"]
     assert 0 < divergence < bound
 
 
-def test_inspect_names_kernels_and_reasons(run: Run, tmp_path: Path) -> None:
-    found = json.loads(run("inspect", SAMPLE_DIR, "--kernels", "--json")[1])
+def test_inspect_names_kernels_and_reasons(tmp_path: Path) -> None:
+    found = json.loads(run_cli("inspect", SAMPLE_DIR, "--kernels", "--json").out)
     assert {kernel["operator"] for kernel in found["kernels"]} == {"linear_dense", "grouped_dense"}
-    assert json.loads(run("inspect", SAMPLE_DIR, "--json")[1])["kernels"] == []
-    assert run("convert", SAMPLE_DIR, "-o", tmp_path / "out", "--scheme", "FP8_DYNAMIC")[0] == 0
-    table = run("inspect", tmp_path / "out", "--kernels")[1]
+    assert json.loads(run_cli("inspect", SAMPLE_DIR, "--json").out)["kernels"] == []
+    assert run_cli("convert", SAMPLE_DIR, "-o", tmp_path / "out", "--scheme", "FP8_DYNAMIC").code == 0
+    table = run_cli("inspect", tmp_path / "out", "--kernels").out
     assert "grouped_fp8" in table
     assert "Kernels, in bfloat16 on this processor" in table
