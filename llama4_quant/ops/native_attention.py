@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama4_quant.native import NativeUnavailableError, Program, compile_and_load
 
-SOURCES = ("attention.cpp", "task.h")
+SOURCES = ("attention.cpp", "floats.h", "task.h")
 DIM_MULTIPLE = 16
 _FORMATS = {torch.bfloat16: 0, torch.float8_e4m3fn: 2, torch.int8: 3}
 """As `enum Format` in task.h."""

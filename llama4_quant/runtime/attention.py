@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4_quant.config import TextConfig
-from llama4_quant.ops import Kernel, native_attention
+from llama4_quant.ops import native_attention, native_elementwise
 from llama4_quant.runtime import flex, partial
 from llama4_quant.runtime.cache import KeyValues, LayerCache
 from llama4_quant.runtime.cache_formats import CacheScales
@@ -194,11 +194,11 @@ class TextAttention(nn.Module):
         self.kind = kind
         self.is_native = (
             kind is Attention.SDPA
-            and builder.kernel in {Kernel.AUTO, Kernel.NATIVE}
-            and builder.dtype is torch.bfloat16
+            and builder.allows_native
             and config.head_dim % native_attention.DIM_MULTIPLE == 0
             and native_attention.probe() is None
         )
+        self.rotates_natively = builder.runs_elementwise
         self.cache_scales: CacheScales | None = None
         hidden, bias = config.hidden_size, config.attention_bias
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -252,8 +252,12 @@ class TextAttention(nn.Module):
 
     def _rotate(self, x_BTXD: Tensor, step: Step) -> Tensor:
         """What a RoPE layer does to queries and keys."""
-        if self.uses_rope:
-            x_BTXD = step.rotation.apply(x_BTXD)
+        if not self.uses_rope:
+            return x_BTXD
+        if self.rotates_natively and x_BTXD.is_cpu:
+            eps = self.norm_eps if self.normalizes else None
+            return native_elementwise.ROTATE(x_BTXD, step.rotation.cos, step.rotation.sin, eps)
+        x_BTXD = step.rotation.apply(x_BTXD)
         return _rms_normalized(x_BTXD, self.norm_eps) if self.normalizes else x_BTXD
 
 

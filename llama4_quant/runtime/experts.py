@@ -12,9 +12,9 @@ token.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from llama4_quant.config import TextConfig
+from llama4_quant.runtime.activation import Gate
 from llama4_quant.runtime.linear import Builder, WeightStorage
 from llama4_quant.runtime.offload import OffloadedExperts
 from llama4_quant.scheme import WeightType
@@ -81,10 +81,11 @@ class MLP(nn.Module):
         self.gate_proj = builder.linear("gate_proj", intermediate_size, hidden_size)
         self.up_proj = builder.linear("up_proj", intermediate_size, hidden_size)
         self.down_proj = builder.linear("down_proj", hidden_size, intermediate_size)
+        self.gated = Gate(builder)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
-        y: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
         return y
 
 
@@ -97,10 +98,11 @@ class RoutedExperts(nn.Module):
         self.gate_proj = make_stack(builder, "gate_proj", experts, intermediate, hidden)
         self.up_proj = make_stack(builder, "up_proj", experts, intermediate, hidden)
         self.down_proj = make_stack(builder, "down_proj", experts, hidden, intermediate)
+        self.gated = Gate(builder)
 
     def forward(self, x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
         """[R, H] sorted by expert, [E] -> [R, H] in the same order."""
-        inner_RI = functional.silu(self.gate_proj(x_RH, rows_per_expert)) * self.up_proj(x_RH, rows_per_expert)
+        inner_RI = self.gated(self.gate_proj(x_RH, rows_per_expert), self.up_proj(x_RH, rows_per_expert))
         y_RH: Tensor = self.down_proj(inner_RI, rows_per_expert)
         return y_RH
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llama4_quant import ops
 from llama4_quant.errors import SchemeError
+from llama4_quant.ops import native_elementwise
 from llama4_quant.scheme import SchemeLookup, WeightScheme, WeightType
 
 
@@ -197,6 +198,16 @@ class Builder:
     kernel: ops.Kernel = ops.Kernel.AUTO
     offload_experts: bool = False
     name: str = ""
+
+    @property
+    def runs_elementwise(self) -> bool:
+        """Whether compiled kernels are to do what lies between products (ops/native_elementwise.py), on processors."""
+        return self.allows_native and native_elementwise.probe() is None
+
+    @property
+    def allows_native(self) -> bool:
+        """Whether kernels of bf16 activations are to run that have no weights, and so no choice of their own."""
+        return self.kernel in {ops.Kernel.AUTO, ops.Kernel.NATIVE} and self.dtype is torch.bfloat16
 
     def child(self, name: str) -> "Builder":
         """The builder for submodule `name`."""

@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from llama4_quant import ops
 from llama4_quant.config import TextConfig
 from llama4_quant.errors import UsageError
+from llama4_quant.runtime.activation import Gate
 from llama4_quant.runtime.expert_store import ExpertStore
 from llama4_quant.runtime.expert_tensors import Expert, ExpertWeights
 from llama4_quant.runtime.linear import Builder, Linear
@@ -58,6 +58,7 @@ class OffloadedExperts(nn.Module):
                 ("down_proj", hidden, intermediate),
             )
         }
+        self.gated = Gate(builder)
         self.choices: dict[str, ops.Choice] = {}
         self._store: ExpertStore | None = None
         self._layer = 0
@@ -112,7 +113,7 @@ class OffloadedExperts(nn.Module):
 
     def _expert(self, x_RH: Tensor, weights: ExpertWeights) -> Tensor:
         gate_RI, up_RI = (self._project(name, x_RH, weights) for name in ("gate_proj", "up_proj"))
-        return self._project("down_proj", functional.silu(gate_RI) * up_RI, weights)
+        return self._project("down_proj", self.gated(gate_RI, up_RI), weights)
 
     def _project(self, projection: str, x_RK: Tensor, weights: ExpertWeights) -> Tensor:
         stored = [tensor.to(x_RK.device, non_blocking=True) for tensor in weights[projection].values()]

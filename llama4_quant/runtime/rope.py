@@ -17,7 +17,7 @@ from llama4_quant.config import RopeScaling, TextConfig, VisionConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rotation:
-    """Cosine and sine per position and pair; fp32, [B or 1, T, 1, P] so that they broadcast over heads."""
+    """Cosine and sine per position and pair; fp32, [B or 1, T, P]."""
 
     cos: Tensor
     sin: Tensor
@@ -25,7 +25,8 @@ class Rotation:
     def apply(self, x_BTHD: Tensor) -> Tensor:
         """Rotate every pair of every head; result in x's dtype."""
         even, odd = x_BTHD.float().reshape(*x_BTHD.shape[:-1], -1, 2).unbind(-1)
-        rotated = torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), dim=-1)
+        cos, sin = self.cos.unsqueeze(2), self.sin.unsqueeze(2)  # the same for all heads
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
         return rotated.flatten(-2).type_as(x_BTHD)
 
 
@@ -53,12 +54,12 @@ class VisionRotary(nn.Module):
         self.register_buffer("angles", vision_angles(config), persistent=False)
 
     def forward(self) -> Rotation:
-        """The same for every tile: [1, patches + 1, 1, P]."""
+        """The same for every tile: [1, patches + 1, P]."""
         return _rotation(self.angles.unsqueeze(0))
 
 
 def _rotation(angles_BTP: Tensor) -> Rotation:
-    return Rotation(cos=angles_BTP.cos().unsqueeze(2), sin=angles_BTP.sin().unsqueeze(2))
+    return Rotation(cos=angles_BTP.cos(), sin=angles_BTP.sin())
 
 
 def text_frequencies(config: TextConfig) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llama4_quant.config import TextConfig
+from llama4_quant.ops import native_elementwise
 from llama4_quant.runtime import flex
 from llama4_quant.runtime.attention import Attention, Step, TextAttention, Visible, query_temperature
 from llama4_quant.runtime.cache import KVCache, LayerCache
@@ -29,9 +30,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = builder.parameter(size)
         self.eps = eps
+        self.is_native = builder.runs_elementwise
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
+        if self.is_native and x.is_cpu:
+            return native_elementwise.RMS_NORM(x, self.weight, self.eps)
         x32 = x.float()
         normalized = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
         return normalized.type_as(x) * self.weight

@@ -5,14 +5,13 @@
 // not know all its scores yet keeps the largest so far and rescales (Milakov and Gimelshein 2018, arXiv 1805.02867).
 // Columns are also split into parts of a fixed size, which threads share, and which are put together in order: results do
 // not depend on the number of threads.
-//
-// Vectors are the compiler's own extension (GCC 12 or Clang).
 
 #include <cmath>
 #include <utility>
 
 #include <omp.h>
 
+#include "floats.h"
 #include "task.h"
 
 // Fields as in native_attention.py. Strides of codes are in bytes, others in elements.
@@ -37,24 +36,8 @@ struct AttentionTask {
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16;
-#else
-constexpr int64_t kLanes = 8;
-#endif
 constexpr int64_t kTile = 32;    // columns decoded at a time
 constexpr int64_t kPart = 1024;  // columns of a part
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-INLINE Floats load(const float* from) {
-    Floats vector;
-    std::memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
-INLINE void store(Floats vector, float* to) { std::memcpy(to, &vector, sizeof vector); }
 
 // Of each kWidth lanes of two vectors the first (or second) half.
 template <int kWidth, bool kSecond, int... kIndex>
@@ -77,25 +60,6 @@ INLINE Floats totals(const Floats* vectors) {
     for (int i = 0; i < kCount / 2; i++) half[i] = folded<kWidth>(vectors[2 * i], vectors[2 * i + 1]);
     if constexpr (kCount == 2) return half[0];
     else return totals<kWidth / 2, kCount / 2>(half);
-}
-
-// e^x for x of at most 0, within 2^-22 of it; 0 below -87. NaN stays.
-INLINE Floats exponential(Floats x) {
-    const Floats least = Floats{} - 87.0f, shift = Floats{} + 0x1.8p23f;
-    const Ints is_tiny = x < least;
-    x = is_tiny ? least : x;
-    const Floats rounded = x * 0x1.715476p0f + shift;  // x / ln 2 to the nearest integer, in the lowest bits
-    const Floats n = rounded - shift;
-    const Floats r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-    Floats e = Floats{} + 1.0f / 720;
-    e = e * r + 1.0f / 120;
-    e = e * r + 1.0f / 24;
-    e = e * r + 1.0f / 6;
-    e = e * r + 0.5f;
-    e = e * r + 1.0f;
-    e = e * r + 1.0f;
-    const Floats power = (Floats)(((Ints)rounded - 0x4B400000 + 127) << 23);
-    return is_tiny ? Floats{} : e * power;
 }
 
 // `count` codes as float32. bf16 is the upper half of a float32. FP8: sign, exponent and mantissa move to where float32 has

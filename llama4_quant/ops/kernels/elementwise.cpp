@@ -1,0 +1,153 @@
+// What happens to activations between matrix products: norms, rotations, gates. bf16 in and out, float32 between, and
+// one pass over memory where torch makes one for every addition and conversion.
+//
+// Every intermediate result that torch would round to bf16 is rounded here too, and sums are not contracted into fused
+// multiplications, so results are those of torch but for the order of a sum and the last bits of an exponential. Rows are
+// shared among threads; each is computed by one.
+
+#include <cmath>
+
+#include "floats.h"
+#include "task.h"
+
+// Fields as in native_elementwise.py.
+struct ElementwiseTask {
+    const uint16_t* x;      // [rows, size]
+    const uint16_t* other;  // rms_norm: weight [size], or null; silu_mul: [rows, size]
+    const float* cosines;   // rotate: [positions, size / 2]
+    const float* sines;
+    uint16_t* y;  // [rows, size]
+    int64_t rows, size;
+    int64_t heads, positions;  // rotate: row r has position (r / heads) % positions
+    double eps;                // rotate: negative for no norm
+    int32_t threads, unused;
+};
+
+namespace {
+
+constexpr int64_t kPiece = 1024;  // elements that are taken through the first cache at a time
+
+INLINE uint16_t rounded(float value) {  // as to_bf16, without a branch
+    const uint32_t word = bits<uint32_t>(value);
+    const uint32_t nearest = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+    return (uint16_t)((word & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : nearest);
+}
+
+INLINE void decode(const uint16_t* __restrict from, int64_t count, float* __restrict to) {
+    for (int64_t i = 0; i < count; i++) to[i] = from_bf16(from[i]);
+}
+
+INLINE void encode(const float* __restrict from, int64_t count, uint16_t* __restrict to) {
+    for (int64_t i = 0; i < count; i++) to[i] = rounded(from[i]);
+}
+
+INLINE float sum_of_squares(const float* values, int64_t count) {
+    Floats sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        for (int64_t v = 0; v < 4; v++) {
+            const Floats x = load(values + i + v * kLanes);
+            sums[v] += x * x;
+        }
+    }
+    const Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    float total = 0.0f;
+    for (int64_t lane = 0; lane < kLanes; lane++) total += sum[lane];
+    for (; i < count; i++) total += values[i] * values[i];
+    return total;
+}
+
+// The rounded result of a product is a float32 number again, of which the last bits are zero.
+INLINE float rounded_float(float value) { return from_bf16(rounded(value)); }
+
+INLINE float norm_factor(const uint16_t* x, int64_t size, float eps, float* piece) {
+    float sum = 0.0f;
+    for (int64_t start = 0; start < size; start += kPiece) {
+        const int64_t count = at_most(kPiece, size - start);
+        decode(x + start, count, piece);
+        sum += sum_of_squares(piece, count);
+    }
+    return 1.0f / std::sqrt(sum / (float)size + eps);
+}
+
+// y[i] = x[i] * factor; the same place may be read and written.
+INLINE void scale(const uint16_t* x, int64_t size, float factor, float* __restrict piece, uint16_t* y) {
+    for (int64_t start = 0; start < size; start += kPiece) {
+        const int64_t count = at_most(kPiece, size - start);
+        decode(x + start, count, piece);
+        for (int64_t i = 0; i < count; i++) piece[i] *= factor;
+        encode(piece, count, y + start);
+    }
+}
+
+INLINE void multiply(const uint16_t* __restrict by, int64_t count, float* __restrict piece) {
+    for (int64_t i = 0; i < count; i++) piece[i] = rounded_float(piece[i]) * from_bf16(by[i]);
+}
+
+INLINE void rms_norm_row(const ElementwiseTask& task, int64_t row, float* piece) {
+    const int64_t size = task.size;
+    const uint16_t *x = task.x + row * size, *weight = task.other;
+    uint16_t* y = task.y + row * size;
+    const float factor = norm_factor(x, size, (float)task.eps, piece);
+    if (!weight) return scale(x, size, factor, piece, y);
+    for (int64_t start = 0; start < size; start += kPiece) {
+        const int64_t count = at_most(kPiece, size - start);
+        decode(x + start, count, piece);
+        for (int64_t i = 0; i < count; i++) piece[i] *= factor;
+        multiply(weight + start, count, piece);
+        encode(piece, count, y + start);
+    }
+}
+
+INLINE void rotate_pairs(
+    const uint16_t* __restrict x, const float* __restrict cosines, const float* __restrict sines, int64_t pairs,
+    uint16_t* __restrict y
+) {
+    for (int64_t i = 0; i < pairs; i++) {
+        const float even = from_bf16(x[2 * i]), odd = from_bf16(x[2 * i + 1]);
+        y[2 * i] = rounded(even * cosines[i] - odd * sines[i]);
+        y[2 * i + 1] = rounded(even * sines[i] + odd * cosines[i]);
+    }
+}
+
+INLINE void rotate_row(const ElementwiseTask& task, int64_t row, float* piece) {
+    const int64_t size = task.size, pairs = size / 2, position = row / task.heads % task.positions;
+    uint16_t* y = task.y + row * size;
+    rotate_pairs(task.x + row * size, task.cosines + position * pairs, task.sines + position * pairs, pairs, y);
+    if (task.eps >= 0) scale(y, size, norm_factor(y, size, (float)task.eps, piece), piece, y);
+}
+
+INLINE void silu_mul_row(const ElementwiseTask& task, int64_t row, float* piece) {
+    for (int64_t start = row * task.size, end = start + task.size; start < end; start += kPiece) {
+        const int64_t count = at_most(kPiece, end - start);
+        decode(task.x + start, count, piece);
+        for (int64_t i = count; i < round_up(count, kLanes); i++) piece[i] = 0.0f;
+        for (int64_t i = 0; i < round_up(count, kLanes); i += kLanes) {
+            const Floats x = load(piece + i), minus = x < 0.0f ? x : -x, e = exponential(minus);
+            store((x < 0.0f ? x * e : x) / (1.0f + e), piece + i);
+        }
+        multiply(task.other + start, count, piece);
+        encode(piece, count, task.y + start);
+    }
+}
+
+template <void (*kRow)(const ElementwiseTask&, int64_t, float*)>
+INLINE void for_rows(const ElementwiseTask& task) {
+    if (task.threads == 1) {
+        float piece[kPiece];
+        for (int64_t row = 0; row < task.rows; row++) kRow(task, row, piece);
+        return;
+    }
+#pragma omp parallel num_threads(task.threads)
+    {
+        float piece[kPiece];
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < task.rows; row++) kRow(task, row, piece);
+    }
+}
+
+}  // namespace
+
+extern "C" void llama4_quant_rms_norm(const ElementwiseTask* task) { for_rows<rms_norm_row>(*task); }
+extern "C" void llama4_quant_rotate(const ElementwiseTask* task) { for_rows<rotate_row>(*task); }
+extern "C" void llama4_quant_silu_mul(const ElementwiseTask* task) { for_rows<silu_mul_row>(*task); }

@@ -1,0 +1,174 @@
+"""What happens to activations between matrix products, in bf16 on processors, as compiled kernels.
+
+`RMS_NORM`, `ROTATE`, `SILU_MUL`: each is one pass over memory and one call, where torch makes ten
+of either. In decoding it is the calls that count: after a product has streamed tens of megabytes through the caches,
+each of them starts cold. What they compute is written in torch at the places that use them (`RMSNorm`, `Rotation`,
+`silu_and_multiply`), which is what runs anywhere else.
+
+Shape letters: B batch, D head dimension, P = D/2 pairs, T tokens, X heads; `...` leading dimensions.
+"""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama4_quant.native import NativeUnavailableError, Program, compile_and_load
+
+SOURCES = ("elementwise.cpp", "floats.h", "task.h")
+_TASK = struct.Struct("@5P4qd2i")
+"""`struct ElementwiseTask` of elementwise.cpp."""
+_ONE_THREAD = 1 << 16
+"""Elements below which one thread is quicker than waking another."""
+
+
+class ElementwiseLibrary:
+    """kernels/elementwise.cpp, loaded."""
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self.rms_norm = functions.llama4_quant_rms_norm
+        self.rotate = functions.llama4_quant_rotate
+        self.silu_mul = functions.llama4_quant_silu_mul
+        for function in (self.rms_norm, self.rotate, self.silu_mul):
+            function.argtypes = (ctypes.c_char_p,)
+            function.restype = None
+
+
+def build(march: str = "native") -> ElementwiseLibrary:
+    """Compile the library, or take it from the cache.
+
+    Args:
+        march: the processor to compile for, as the compiler's `-march`.
+
+    Raises:
+        NativeUnavailableError: no compiler, or it failed.
+    """
+    program = Program(
+        name="elementwise",
+        package="llama4_quant.ops.kernels",
+        sources=SOURCES,
+        flags=("-fopenmp", "-fno-strict-aliasing", "-ffp-contract=off", f"-march={march}"),
+    )
+    try:
+        return ElementwiseLibrary(compile_and_load(program).functions)
+    except AttributeError as error:
+        raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
+
+
+def probe() -> str | None:
+    """Why there are no compiled kernels; None if there are. Compiles them on first use."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _library() -> ElementwiseLibrary | str:
+    try:
+        return build()
+    except NativeUnavailableError as error:
+        return str(error)
+
+
+def _compiled() -> ElementwiseLibrary:
+    library = _library()
+    if not isinstance(library, ElementwiseLibrary):
+        raise RuntimeError(f"no compiled kernels: {library}")  # noqa: TRY004
+    return library
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Rows divided by their root mean square and rounded, then times the weight.
+
+    Args:
+        x: [..., H], bf16 on the CPU.
+        weight: [H], likewise; or None.
+        eps: added to the mean square, not negative.
+
+    Returns:
+        [..., H].
+
+    Raises:
+        ValueError: other dtypes or shapes; the other operators likewise.
+        RuntimeError: there are no compiled kernels; `probe` says why.
+    """
+    size = x.shape[-1]
+    if not _is_plain(x) or (weight is not None and not (_is_plain(weight) and weight.shape == (size,))):
+        raise ValueError(_refusal("x [..., H] and a weight [H]", x, weight))
+    x, y = x.contiguous(), x.new_empty(x.shape)
+    weight = None if weight is None else weight.contiguous()
+    addresses = (x.data_ptr(), 0 if weight is None else weight.data_ptr(), 0, 0, y.data_ptr())
+    _compiled().rms_norm(_TASK.pack(*addresses, x.numel() // max(size, 1), size, 1, 1, eps, _threads(x), 0))
+    return y
+
+
+def rotate(x_BTXD: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, eps: float | None) -> Tensor:
+    """Adjacent pairs of every head rotated; then, with `eps`, each head divided by its root mean square.
+
+    Args:
+        x_BTXD: bf16 on the CPU.
+        cos_BTP: float32 [B, T, P], or [1, T, P] for rows that have the same positions.
+        sin_BTP: likewise.
+        eps: of the norm, not negative; None for no norm.
+
+    Returns:
+        [B, T, X, D].
+    """
+    batch, tokens, heads, dim = x_BTXD.shape
+    fits = cos_BTP.shape in {(batch, tokens, dim // 2), (1, tokens, dim // 2)} and sin_BTP.shape == cos_BTP.shape
+    if not _is_plain(x_BTXD) or not fits or dim % 2 or not cos_BTP.dtype == sin_BTP.dtype == torch.float32:
+        raise ValueError(_refusal("x [B, T, X, D] and float32 cosines and sines [B or 1, T, D / 2]", x_BTXD, cos_BTP))
+    x, cos, sin = x_BTXD.contiguous(), cos_BTP.contiguous(), sin_BTP.contiguous()
+    y = x.new_empty(x.shape)
+    addresses = (x.data_ptr(), 0, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
+    sizes = (batch * tokens * heads, dim, max(heads, 1), max(cos.shape[0] * tokens, 1))
+    _compiled().rotate(_TASK.pack(*addresses, *sizes, -1.0 if eps is None else eps, _threads(x), 0))
+    return y
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` of the same shape [..., I], bf16 on the CPU."""
+    if not _is_plain(gate) or not _is_plain(up) or gate.shape != up.shape:
+        raise ValueError(_refusal("two operands of one shape", gate, up))
+    gate, up = gate.contiguous(), up.contiguous()
+    y, size = gate.new_empty(gate.shape), gate.shape[-1]
+    addresses = (gate.data_ptr(), up.data_ptr(), 0, 0, y.data_ptr())
+    _compiled().silu_mul(_TASK.pack(*addresses, gate.numel() // max(size, 1), size, 1, 1, 0.0, _threads(gate), 0))
+    return y
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype is torch.bfloat16 and x.is_cpu and x.dim() > 0
+
+
+def _threads(x: Tensor) -> int:
+    return 1 if x.numel() < _ONE_THREAD else torch.get_num_threads()
+
+
+def _refusal(expected: str, x: Tensor, other: Tensor | None) -> str:
+    found = " and ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in (x, other) if t is not None)
+    return f"expected {expected}, bfloat16 on the CPU; found {found}"
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_LIBRARY: Any = torch.library.Library("llama4_quant", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _schema, _function in (
+    ("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor", rms_norm),
+    ("rotate(Tensor x, Tensor cos, Tensor sin, float? eps) -> Tensor", rotate),
+    ("silu_mul(Tensor gate, Tensor up) -> Tensor", silu_mul),
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_function.__name__, _function, "CPU")
+    torch.library.register_fake(f"llama4_quant::{_function.__name__}", _fake, lib=_LIBRARY)
+
+Function = Callable[..., Tensor]
+RMS_NORM: Function = torch.ops.llama4_quant.rms_norm.default
+ROTATE: Function = torch.ops.llama4_quant.rotate.default
+SILU_MUL: Function = torch.ops.llama4_quant.silu_mul.default
+"""What layers call: the functions above, as torch.compile knows them."""
