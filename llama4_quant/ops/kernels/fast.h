@@ -98,7 +98,7 @@ INLINE void multiply(const Task& task, const Rows* parts, int64_t thread, uint8_
         if (!rows.count) continue;
 #ifdef LLAMA4_QUANT_TILES
         if (use_tiles(task, rows.count)) {
-            tiles::run_rows(task, rows, table, expert, outputs, scratch);
+            tiles::run_rows(task, rows, expert, outputs, scratch);
             continue;
         }
 #endif
