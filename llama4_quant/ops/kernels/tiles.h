@@ -4,7 +4,8 @@
 // A panel of weights, 32 outputs by a few tiles of inputs, is unpacked into the first cache and used at once for all
 // rows. Meanwhile, a few instructions after each product of tiles, the next panel is unpacked and the one after it is
 // fetched: the matrix unit, the vector units and memory work at the same time. Sums of up to 32 rows stay in the
-// matrix unit; those of more rows lie in the second cache, for as many outputs as there is room for.
+// matrix unit; those of more rows lie in a cache. Where activations do not stay in the second cache, all panels of their
+// first inputs come first, for as many outputs as sums of 512 KiB are of, and so on.
 
 #pragma once
 
@@ -21,7 +22,8 @@ constexpr int64_t kFewDepth = 4;          // tiles of inputs of a panel; this wi
 constexpr int64_t kManyDepth = 8;
 constexpr int64_t kPanel = kManyDepth * kPair;  // bytes
 constexpr int64_t kSums = 4 * kTile;      // bytes of sums of 32 outputs with 32 rows
-constexpr int64_t kSumsAtOnce = 256;      // of these, 1 MiB
+constexpr int64_t kSumsAtOnce = 128;      // of these, 512 KiB
+constexpr int64_t kKept = 1200 << 10;      // bytes of activations that stay in the second cache
 
 // Linux keeps the matrix unit for processes that ask.
 INLINE bool allowed() {
@@ -225,26 +227,28 @@ INLINE void run_panel(const Task& task, const Rows& rows, int64_t expert, const 
 // One expert's rows with some outputs.
 template <class Weights, int64_t kDepth, bool kStay>
 void run_panels(const Task& task, const Rows& rows, int64_t expert, Range all, uint8_t* memory) {
-    // A tile that was stored only just now cannot be loaded yet. With many rows there is time enough, but less cache.
-    constexpr int64_t kFilled = kStay ? 2 : 1;
     const int64_t groups = (rows.count + kRows - 1) / kRows;
-    const int64_t width = kStay ? kOutputs : (groups < kSumsAtOnce ? kSumsAtOnce / groups : 1) * kOutputs;
+    const bool is_kept = groups * 2 * rows.x_bytes <= kKept;
+    const int64_t width = kStay || is_kept ? kOutputs : (groups < kSumsAtOnce ? kSumsAtOnce / groups : 1) * kOutputs;
     const Sequence sequence = {all, width, kDepth, num_tiles(task)};
     uint8_t* sums = memory + 2 * kPanel;
     Filler<Weights, kDepth> filler(task, expert);
     int64_t turn = 0;
     const auto start = [&](const Panel& panel) __attribute__((always_inline)) {
         // With one panel of outputs at a time what comes next would be too near.
-        const Panel next = kStay ? sequence.at(panel.outputs.last, panel.inputs.first) : sequence.next(panel);
+        const Panel next = width == kOutputs ? sequence.at(panel.outputs.last, panel.inputs.first) : sequence.next(panel);
         filler.start(panel, next, memory + turn * kDepth * kPair);
-        turn = turn == kFilled ? 0 : turn + 1;
+        turn ^= 1;
     };
-    Panel panel = sequence.at(all.first, 0), next = panel;
-    for (int64_t i = 0; i < kFilled; i++, next = sequence.next(next)) start(next), filler.fill_all();
-    for (; panel.outputs.first < panel.outputs.last; panel = sequence.next(panel), next = sequence.next(next)) {
+    Panel panel = sequence.at(all.first, 0);
+    start(panel);
+    filler.fill_all();
+    while (panel.outputs.first < panel.outputs.last) {
+        const Panel next = sequence.next(panel);
         const int64_t place = (panel.outputs.first - all.first) % width / kOutputs * groups;
         start(next);
         run_panel<kDepth, kStay>(task, rows, expert, panel, memory + turn * kDepth * kPair, sums + place * kSums, filler);
+        panel = next;
     }
 }
 

@@ -63,28 +63,22 @@ INLINE void order_row(const Task& task, const uint16_t* x, uint16_t* to) {
         std::memcpy(to, x, size * sizeof *to);
         return;
     }
+    if (task.format == kFp8) return vectors::order_fp8(x, 0, size, to);
+    alignas(64) uint16_t fours[32];
+    for (int word = 0; word < 32; word++) fours[word] = (uint16_t)(4 * word % 64);
+    const __m512i every_fourth = _mm512_load_si512(fours);
     int64_t k = 0;
-    if (task.format == kInt4) {
-        alignas(64) uint16_t fours[32];
-        for (int word = 0; word < 32; word++) fours[word] = (uint16_t)(4 * word % 64);
-        const __m512i every_fourth = _mm512_load_si512(fours);
-        for (; k + 128 <= size; k += 128) {
-            const __m512i a = _mm512_loadu_si512(x + k), b = _mm512_loadu_si512(x + k + 32);
-            const __m512i c = _mm512_loadu_si512(x + k + 64), d = _mm512_loadu_si512(x + k + 96);
-            for (int part = 0; part < 4; part++) {
-                const __m512i index = _mm512_add_epi16(every_fourth, _mm512_set1_epi16((short)part));
-                const __m512i low = _mm512_permutex2var_epi16(a, index, b);  // its first half is what is wanted
-                const __m512i high = _mm512_permutex2var_epi16(c, index, d);
-                _mm512_storeu_si512(to + k + 32 * part,
-                                    _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
-            }
+    for (; k + 128 <= size; k += 128) {
+        const __m512i a = _mm512_loadu_si512(x + k), b = _mm512_loadu_si512(x + k + 32);
+        const __m512i c = _mm512_loadu_si512(x + k + 64), d = _mm512_loadu_si512(x + k + 96);
+        for (int part = 0; part < 4; part++) {
+            const __m512i index = _mm512_add_epi16(every_fourth, _mm512_set1_epi16((short)part));
+            const __m512i low = _mm512_permutex2var_epi16(a, index, b);  // its first half is what is wanted
+            const __m512i high = _mm512_permutex2var_epi16(c, index, d);
+            _mm512_storeu_si512(to + k + 32 * part, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
         }
     }
-    for (; k < size; k++) {
-        const int64_t tile = task.format == kInt4 ? k / 128 * 4 + k % 4 : k / 64 * 2 + k % 16 / 8;
-        const int64_t column = task.format == kInt4 ? k % 128 / 4 : k % 64 / 16 * 8 + k % 8;
-        to[tile * kInputs + column] = x[k];
-    }
+    for (; k < size; k++) to[(k / 128 * 4 + k % 4) * kInputs + k % 128 / 4] = x[k];
 }
 
 // `rows` <= 16 rows of bf16 as tiles, the others zero; `ordered` is room for 16 rows.

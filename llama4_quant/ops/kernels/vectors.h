@@ -130,10 +130,22 @@ INLINE void prepare_int8(const uint16_t* x, int64_t size, uint8_t* to) {
 }
 
 // Place in a line of 64 words of the input that `decode_fp8` gives there.
-INLINE int64_t fp8_place(int64_t k) { return k % 64 / 16 * 8 + k % 8 + (k % 16 < 8 ? 0 : 32); }
+constexpr int64_t fp8_place(int64_t k) { return k % 64 / 16 * 8 + k % 8 + (k % 16 < 8 ? 0 : 32); }
 
+// Inputs from `first` on, a multiple of 64.
 INLINE void order_fp8(const uint16_t* codes, int64_t first, int64_t size, uint16_t* to) {
-    for (int64_t k = first; k < first + size; k++) to[k / 64 * 64 + fp8_place(k)] = codes[k - first];
+    alignas(64) static constexpr auto kInput = [] {
+        struct { uint16_t of[64]; } input{};
+        for (int64_t k = 0; k < 64; k++) input.of[fp8_place(k)] = (uint16_t)k;
+        return input;
+    }();
+    int64_t k = first;
+    for (; k + 64 <= first + size; k += 64) {
+        const __m512i low = _mm512_loadu_si512(codes + k - first), high = _mm512_loadu_si512(codes + k - first + 32);
+        for (int64_t half = 0; half < 64; half += 32)
+            _mm512_storeu_si512(to + k + half, _mm512_permutex2var_epi16(low, _mm512_load_si512(kInput.of + half), high));
+    }
+    for (; k < first + size; k++) to[k / 64 * 64 + fp8_place(k)] = codes[k - first];
 }
 
 // One row of activations, in zeroed memory; scales are one, or of FP8 in blocks one for 128 inputs.
