@@ -19,7 +19,7 @@ namespace tiles {
 constexpr int64_t kOutputs = 2 * kSide;   // of a panel
 constexpr int64_t kRows = 2 * kSide;      // at a time
 constexpr int64_t kFewDepth = 4;          // tiles of inputs of a panel; this with up to 32 rows
-constexpr int64_t kManyDepth = 8;
+constexpr int64_t kManyDepth = kSlice;
 constexpr int64_t kPanel = kManyDepth * kPair;  // bytes
 constexpr int64_t kSums = 4 * kTile;      // bytes of sums of 32 outputs with 32 rows
 constexpr int64_t kSumsAtOnce = 128;      // of these, 512 KiB
@@ -147,15 +147,15 @@ INLINE void zero_sums() {
     _tile_zero(3);
 }
 
-// Adds products of a panel with one or two tiles of rows, `x_stride` apart; after each, fills kShare outputs of the next.
+// Adds products of a panel with one or two tiles of rows; after each, fills kShare outputs of the next.
 // Before that come the loads for the next product, which would wait for the stores.
 template <bool kTwo, int64_t kShare, class Filler>
-INLINE void multiply(const uint8_t* panel, const uint8_t* x, int64_t x_stride, int64_t count, Filler& next) {
+INLINE void multiply(const uint8_t* panel, const uint8_t* x, int64_t count, Filler& next) {
     const auto load = [&](int64_t tile) __attribute__((always_inline)) {
         _tile_loadd(4, panel + tile * kPair, 64);
         _tile_loadd(6, x + tile * kTile, 64);
         _tile_loadd(5, panel + tile * kPair + kTile, 64);
-        if (kTwo) _tile_loadd(7, x + x_stride + tile * kTile, 64);
+        if (kTwo) _tile_loadd(7, x + (kSlice + tile) * kTile, 64);
     };
     load(0);
     for (int64_t tile = 1;; tile++) {
@@ -171,7 +171,7 @@ INLINE void multiply(const uint8_t* panel, const uint8_t* x, int64_t x_stride, i
     }
 }
 
-using vectors::Rows;  // x: [tiles of rows][tiles of inputs], x_bytes of a tile of rows
+using vectors::Rows;  // x_bytes: of 16 rows
 
 // Results from the sums of 32 outputs x 32 rows.
 INLINE void finish(const Task& task, const Rows& rows, int64_t expert, Range outputs, int64_t first_row,
@@ -210,14 +210,14 @@ INLINE void run_panel(const Task& task, const Rows& rows, int64_t expert, const 
     const bool is_last = panel.inputs.last == num_tiles(task), fills = count == kDepth && next.is_full();
     asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
     for (int64_t row = 0; row < rows.count; row += kRows, sums += kSums) {
-        const uint8_t* x = rows.x + row / kSide * rows.x_bytes + panel.inputs.first * kTile;
+        const uint8_t* x = rows.x + packed_at(row / kSide, (rows.count + kSide - 1) / kSide, panel.inputs.first);
         const bool two = row + kSide < rows.count, some = fills && row < (kStay ? 1 : 2) * kRows;
         if (panel.inputs.first == 0) zero_sums();
         else if (!kStay) load_sums(sums);
-        if (two && some) multiply<true, kShare>(weights, x, rows.x_bytes, count, next);
-        else if (two) multiply<true, 0>(weights, x, rows.x_bytes, count, next);
-        else if (some) multiply<false, kShare>(weights, x, rows.x_bytes, count, next);
-        else multiply<false, 0>(weights, x, rows.x_bytes, count, next);
+        if (two && some) multiply<true, kShare>(weights, x, count, next);
+        else if (two) multiply<true, 0>(weights, x, count, next);
+        else if (some) multiply<false, kShare>(weights, x, count, next);
+        else multiply<false, 0>(weights, x, count, next);
         if (!kStay || is_last) store_sums(sums);
         if (is_last) finish(task, rows, expert, panel.outputs, row, sums);
     }

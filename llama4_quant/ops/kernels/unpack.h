@@ -13,6 +13,7 @@ namespace tiles {
 constexpr int64_t kSide = 16;    // rows and outputs of a tile
 constexpr int64_t kInputs = 32;  // inputs of a tile
 constexpr int64_t kTile = 1024;  // bytes of a tile
+constexpr int64_t kSlice = 8;    // tiles of inputs of activations that lie together
 constexpr int64_t kPair = 2 * kTile;  // of a panel of weights: 32 outputs by the inputs of a tile
 
 INLINE int64_t num_tiles(const Task& task) {  // of inputs
@@ -81,16 +82,24 @@ INLINE void order_row(const Task& task, const uint16_t* x, uint16_t* to) {
     for (; k < size; k++) to[(k / 128 * 4 + k % 4) * kInputs + k % 128 / 4] = x[k];
 }
 
-// `rows` <= 16 rows of bf16 as tiles, the others zero; `ordered` is room for 16 rows.
-INLINE void pack_rows(const Task& task, const uint16_t* x, int64_t rows, uint16_t* ordered, uint8_t* to) {
+// Tiles of activations lie as they are used: eight of inputs of the first 16 rows, the same of the next, and so on.
+INLINE int64_t packed_bytes(const Task& task) { return round_up(num_tiles(task), kSlice) * kTile; }  // of 16 rows
+INLINE int64_t packed_at(int64_t unit, int64_t units, int64_t tile) {
+    return ((tile / kSlice * units + unit) * kSlice + tile % kSlice) * kTile;
+}
+
+// Unit `unit`: `rows` <= 16 rows of bf16 as tiles, the others zero; `ordered` is room for 16 rows.
+INLINE void pack_rows(const Task& task, const uint16_t* x, int64_t rows, int64_t unit, int64_t units, uint16_t* ordered,
+                      uint8_t* to) {
     const int64_t count = num_tiles(task), width = count * kInputs;
     for (int64_t r = 0; r < rows; r++) order_row(task, x + r * task.inputs, ordered + r * width);
-    for (int64_t tile = 0; tile < count; tile++, to += kTile) {
+    for (int64_t tile = 0; tile < count; tile++) {
         __m512i lines[kSide];
         for (int64_t r = 0; r < kSide; r++)
             lines[r] = r < rows ? _mm512_loadu_si512(ordered + r * width + tile * kInputs) : _mm512_setzero_si512();
         transpose(lines);
-        for (int64_t r = 0; r < kSide; r++) _mm512_store_si512(to + 64 * r, lines[r]);
+        uint8_t* at = to + packed_at(unit, units, tile);
+        for (int64_t r = 0; r < kSide; r++) _mm512_store_si512(at + kLine * r, lines[r]);
     }
 }
 
