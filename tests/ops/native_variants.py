@@ -15,7 +15,7 @@ from llama4_quant.ops import native, reference
 from llama4_quant.ops.native_library import Library, build
 
 VARIANTS = ("native", "native no-amx-tile no-amx-bf16", "x86-64-v3", "x86-64")
-TILE_ROWS = 4
+TILE_ROWS = 3
 
 
 @functools.cache

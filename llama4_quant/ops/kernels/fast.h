@@ -16,7 +16,7 @@ namespace fast {
 
 using vectors::Rows;
 
-constexpr int64_t kTileRows = 4;  // from so many rows on the matrix unit is quicker
+constexpr int64_t kTileRows = 3;  // from so many rows on the matrix unit is quicker
 
 INLINE bool has_tiles() {
 #ifdef LLAMA4_QUANT_TILES

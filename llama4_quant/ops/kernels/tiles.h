@@ -2,10 +2,10 @@
 // tiles of 32 inputs x 16 rows, bf16 with sums in float32.
 //
 // A panel of weights, 32 outputs by a few tiles of inputs, is unpacked into the first cache and used at once for all
-// rows. Meanwhile, a few instructions after each product of tiles, the next panel is unpacked and the one after it is
-// fetched: the matrix unit, the vector units and memory work at the same time. Sums of up to 32 rows stay in the
-// matrix unit; those of more rows lie in a cache. Where activations do not stay in the second cache, all panels of their
-// first inputs come first, for as many outputs as sums of 512 KiB are of, and so on.
+// rows. Meanwhile, a few outputs after each product of tiles, the next panel is unpacked and a later one is fetched, so
+// that the matrix unit, the vector units and memory work at the same time. Sums of up to 32 rows stay in the matrix
+// unit; those of more rows lie in a cache. Where activations do not stay in the second cache, the same of their inputs
+// are used for as many panels of outputs as have sums of 512 KiB.
 
 #pragma once
 
@@ -16,14 +16,14 @@
 
 namespace tiles {
 
-constexpr int64_t kOutputs = 2 * kSide;   // of a panel
-constexpr int64_t kRows = 2 * kSide;      // at a time
-constexpr int64_t kFewDepth = 4;          // tiles of inputs of a panel; this with up to 32 rows
+constexpr int64_t kOutputs = 2 * kSide;         // of a panel
+constexpr int64_t kRows = 2 * kSide;            // at a time
+constexpr int64_t kFewDepth = 4;                // tiles of inputs of a panel; this with up to 32 rows
 constexpr int64_t kManyDepth = kSlice;
 constexpr int64_t kPanel = kManyDepth * kPair;  // bytes
-constexpr int64_t kSums = 4 * kTile;      // bytes of sums of 32 outputs with 32 rows
-constexpr int64_t kSumsAtOnce = 128;      // of these, 512 KiB
-constexpr int64_t kKept = 1200 << 10;      // bytes of activations that stay in the second cache
+constexpr int64_t kSums = 4 * kTile;            // bytes of sums of 32 outputs with 32 rows
+constexpr int64_t kSumsAtOnce = 128;            // of these, 512 KiB
+constexpr int64_t kKept = 1200 << 10;           // bytes of activations that stay in the second cache
 
 // Linux keeps the matrix unit for processes that ask.
 INLINE bool allowed() {
@@ -41,6 +41,8 @@ struct alignas(64) Shapes {
 };
 
 // ---- Panels ----
+
+namespace {
 
 struct Panel {
     Range outputs, inputs;  // inputs in tiles; behind the last panel there are no outputs
@@ -63,8 +65,10 @@ struct Sequence {
     }
 };
 
-// Unpacks a panel: all of it, or a few outputs after each product of tiles. Branches that are predicted wrongly would
-// leave the matrix unit without work, so the latter has none, and is for panels of which nothing is missing.
+}  // namespace
+
+// Unpacks a panel: all of it, or a few outputs after each product of tiles. The latter has no branches, since one that
+// is predicted wrongly leaves the matrix unit without work; so it is for panels of which nothing is missing.
 template <class Weights, int64_t kDepth>
 struct Filler {
     static constexpr int64_t kLines = kDepth / Weights::kTiles, kBytes = Weights::kTiles * kPair;

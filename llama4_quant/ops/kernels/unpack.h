@@ -145,7 +145,8 @@ struct Int4Weights {
     template <bool kIsFull>
     INLINE_MEMBER __m512 scaled(const Source& from, int64_t group) const {
         const int64_t index = kIsFull ? group : at_most(group, groups - 1);
-        return _mm512_mul_ps(values, _mm512_set1_ps(from_bf16(from.scales[index])));
+        const __m512i scale = _mm512_slli_epi32(_mm512_set1_epi16((short)from.scales[index]), 16);
+        return _mm512_mul_ps(values, _mm512_castsi512_ps(scale));
     }
 
     template <bool kIsFull>
