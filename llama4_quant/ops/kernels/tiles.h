@@ -75,6 +75,8 @@ struct Filler {
     const Weights weights;
     const uint8_t *weight, *scale;  // of the expert
     const int64_t groups;
+    // One line of an output at a time is too little for memory: then lines are fetched in the order in which they lie.
+    static constexpr bool kInOrder = kLines == 1;
     Source from;  // of the output that comes next
     uint8_t* to;  // its line of the first tile
     int64_t outputs, first, lines;  // that the panel has
@@ -95,6 +97,7 @@ struct Filler {
         lines = panel.inputs.last / Weights::kTiles - first;
         from.ahead = (next.outputs.first - output) * from.bytes +
                      (next.inputs.first - panel.inputs.first) / Weights::kTiles * kLine;
+        if (kInOrder) from.ahead += (kOutputs - 1) * first * kLine;
         from.row = weight + output * from.bytes;
         from.scales = (const uint16_t*)scale + output * groups;
         for (int64_t i = 0; i < kLines; i++) group[i] = weights.group_of(first + i);
@@ -109,6 +112,7 @@ struct Filler {
 #pragma GCC unroll 8
         for (int64_t i = 0; i < (kIsFull ? kLines : lines); i++)
             weights.template unpack<kIsFull>(from, first + i, group[i], to + i * kBytes);
+        if (kInOrder) from.ahead += kLine - from.bytes;
         from.row += from.bytes;
         from.scales += groups;
         to += kLine;
