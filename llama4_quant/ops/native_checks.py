@@ -70,7 +70,8 @@ def is_per_row(weight: Tensor, weight_scale: Tensor) -> bool:
 def _operands(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """What is asked of the operands of every operator."""
     is_usual = x.dtype is torch.bfloat16 and weight.dtype is dtype and x.is_cpu and weight.is_cpu and bias is None
-    return None if is_usual and weight.is_contiguous() and weight.dim() in {2, 3} else _unusual(x, weight, bias, dtype)
+    is_usual = is_usual and weight.is_contiguous() and weight.dim() in {2, 3} and x.numel() > 0
+    return None if is_usual else _inputs(x) or _unusual(x, weight, bias, dtype)
 
 
 def _unusual(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> str | None:
@@ -78,15 +79,18 @@ def _unusual(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype)
     for name, tensor in (("x", x), ("the weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}, not on the CPU"
-    if x.dtype is not torch.bfloat16:
-        return f"x is {x.dtype}, not bfloat16"
-    if weight.dtype is not dtype:
-        return f"the weight is {weight.dtype}, not {dtype}"
+    for name, tensor, wanted in (("x", x, torch.bfloat16), ("the weight", weight, dtype)):
+        if tensor.dtype is not wanted:
+            return f"{name} is {tensor.dtype}, not {wanted}"
     if weight.dim() not in {2, 3} or not _rows_are_contiguous(weight):
         return f"the weight, {list(weight.shape)} with strides {weight.stride()}, is not [N, K] or [E, N, K] row by row"
     if bias is not None and (bias.dtype is not torch.bfloat16 or bias.shape != weight.shape[-2:-1]):
         return f"bias is {list(bias.shape)} of {bias.dtype}, expected {list(weight.shape[-2:-1])} of bfloat16"
     return None
+
+
+def _inputs(x: Tensor) -> str | None:
+    return "x has no inputs" if x.dim() == 0 or x.shape[-1] == 0 else None
 
 
 def _width(x: Tensor, weight: Tensor) -> str | None:

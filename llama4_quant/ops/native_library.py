@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llama4_quant.native import NativeUnavailableError, Program, compile_and_load
 
-SOURCES = ("matmul.cpp", "task.h", "activations.h", "portable.h", "vectors.h", "tiles.h", "fast.h")
+SOURCES = ("matmul.cpp", "task.h", "activations.h", "portable.h", "vectors.h", "unpack.h", "tiles.h", "fast.h")
 _STATUS_MEMORY, _STATUS_ROWS = 1, 2
 
 
@@ -65,7 +65,8 @@ def build(march: str = "native") -> Library:
     """Compile the library, or take it from the cache.
 
     Args:
-        march: the processor to compile for, as the compiler's `-march`: it decides which variant runs.
+        march: the processor to compile for, as the compiler's `-march`, and after a space each, other flags without
+            their `-m`, as in "native no-amx-bf16": they decide which variant runs.
 
     Raises:
         NativeUnavailableError: no compiler, or it failed, or this machine is not little-endian.

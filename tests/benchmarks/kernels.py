@@ -70,7 +70,7 @@ def kinds(buffer: Tensor, num_outputs: int, num_inputs: int) -> Iterator[tuple[s
     def codes(num_bytes: int, dtype: torch.dtype) -> list[Tensor]:
         return [place.view(dtype).view(num_outputs, -1) for place in places(num_bytes)]
 
-    for group_size in (128, 32):
+    for group_size in (128, 64, 32):
         scale = torch.full((num_outputs, num_inputs // group_size), 0.01).bfloat16()
         products = [lambda x, w=w, s=scale: native.linear_int4(x, w, s) for w in codes(elements // 2, torch.int32)]
         yield f"int4 g{group_size}", elements // 2 + scale.nbytes, products

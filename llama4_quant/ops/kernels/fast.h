@@ -16,7 +16,7 @@ namespace fast {
 
 using vectors::Rows;
 
-constexpr int64_t kTileRows = 4;  // from so many rows on the matrix unit is quicker
+constexpr int64_t kTileRows = 3;  // from so many rows on the matrix unit is quicker
 
 INLINE bool has_tiles() {
 #ifdef LLAMA4_QUANT_TILES
@@ -36,7 +36,7 @@ INLINE bool use_tiles(const Task& task, int64_t rows) { return rows >= kTileRows
 INLINE int64_t prepared_bytes(const Task& task, bool in_tiles) {  // of a row, or of a tile of rows
     int64_t bytes = 0;
 #ifdef LLAMA4_QUANT_TILES
-    if (in_tiles) return tiles::num_tiles(task) * tiles::kTile;
+    if (in_tiles) return tiles::packed_bytes(task);
 #endif
     vectors::by_format(task, [&](auto line) {
         using Of = decltype(line);
@@ -79,7 +79,7 @@ INLINE void prepare(const Task& task, const Rows& rows, int64_t unit, uint16_t* 
         scale = task.format == kFp8 ? round_activations(x + r * task.inputs, task.inputs, codes + r * task.inputs) : 1.0f;
     }
     uint16_t* ordered = codes + 16 * round_up(task.inputs, 128);
-    tiles::pack_rows(task, task.format == kFp8 ? codes : x, count, ordered, rows.x + unit * rows.x_bytes);
+    tiles::pack_rows(task, task.format == kFp8 ? codes : x, count, unit, (rows.count + 15) / 16, ordered, rows.x);
 #endif
 }
 
@@ -98,7 +98,7 @@ INLINE void multiply(const Task& task, const Rows* parts, int64_t thread, uint8_
         if (!rows.count) continue;
 #ifdef LLAMA4_QUANT_TILES
         if (use_tiles(task, rows.count)) {
-            tiles::run_rows(task, rows, table, expert, outputs, scratch);
+            tiles::run_rows(task, rows, expert, outputs, scratch);
             continue;
         }
 #endif

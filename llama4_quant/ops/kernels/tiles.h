@@ -1,32 +1,29 @@
 // Many rows of activations (prefill, batches): the matrix unit (AMX) multiplies tiles of 16 outputs x 32 inputs with
 // tiles of 32 inputs x 16 rows, bf16 with sums in float32.
 //
-// Weights become bf16 in the order in which they come out of a cache line (tile columns may be any permutation of the
-// inputs, as long as activations have the same): int4 codes through a table of the group's 16 values, code times scale
-// rounded to bf16, as reference.py has it; FP8 and int8 codes exactly, their scale follows at the end.
-//
-// 256 inputs of 32 outputs are unpacked at a time, into the first cache, and used at once for all rows. Sums of up to 32
-// rows stay in the unit; those of more rows lie in the second cache, for as many outputs as there is room for.
+// A panel of weights, 32 outputs by a few tiles of inputs, is unpacked into the first cache and used at once for all
+// rows. Meanwhile, a few outputs after each product of tiles, the next panel is unpacked and a later one is fetched, so
+// that the matrix unit, the vector units and memory work at the same time. Sums of up to 32 rows stay in the matrix
+// unit; those of more rows lie in a cache. Where activations do not stay in the second cache, the same of their inputs
+// are used for as many panels of outputs as have sums of 512 KiB.
 
 #pragma once
 
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "vectors.h"
+#include "unpack.h"
 
 namespace tiles {
 
-using vectors::Table;
-
-constexpr int64_t kSide = 16;                // rows and outputs of a tile
-constexpr int64_t kInputs = 32;              // inputs of a tile
-constexpr int64_t kTile = 1024;              // bytes of a tile
-constexpr int64_t kOutputs = 2 * kSide;      // at a time
-constexpr int64_t kRows = 2 * kSide;
-constexpr int64_t kAtOnce = 8;              // tiles of inputs that are unpacked at a time: 16 KiB
-constexpr int64_t kSums = 4 * kTile;         // bytes of sums of 32 outputs with 32 rows
-constexpr int64_t kSumsAtOnce = 128;         // of these, 512 KiB
+constexpr int64_t kOutputs = 2 * kSide;         // of a panel
+constexpr int64_t kRows = 2 * kSide;            // at a time
+constexpr int64_t kFewDepth = 4;                // tiles of inputs of a panel; this with up to 32 rows
+constexpr int64_t kManyDepth = kSlice;
+constexpr int64_t kPanel = kManyDepth * kPair;  // bytes
+constexpr int64_t kSums = 4 * kTile;            // bytes of sums of 32 outputs with 32 rows
+constexpr int64_t kSumsAtOnce = 128;            // of these, 512 KiB
+constexpr int64_t kKept = 1200 << 10;           // bytes of activations that stay in the second cache
 
 // Linux keeps the matrix unit for processes that ask.
 INLINE bool allowed() {
@@ -43,152 +40,97 @@ struct alignas(64) Shapes {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-INLINE int64_t num_tiles(const Task& task) {  // of inputs
-    switch (task.format) {
-        case kInt4: return (task.inputs + 127) / 128 * 4;
-        case kFp8: return (task.inputs + 63) / 64 * 2;
-        default: return (task.inputs + kInputs - 1) / kInputs;
+// ---- Panels ----
+
+namespace {
+
+struct Panel {
+    Range outputs, inputs;  // inputs in tiles; behind the last panel there are no outputs
+};
+
+// Of `width` outputs all panels with the same inputs come one after another, then those with the next inputs.
+struct Sequence {
+    Range all;
+    int64_t width, depth, count;  // of inputs: tiles of a panel, of a row
+
+    Panel at(int64_t output, int64_t tile) const {
+        return {{output, at_most(output + kOutputs, all.last)}, {tile, at_most(tile + depth, count)}};
     }
-}
 
-// ---- Activations: 16 rows as tiles of pairs of inputs x rows ----
-
-// A row of bf16 in the order of the columns of tiles; behind it zeros.
-INLINE void order_row(const Task& task, const uint16_t* x, uint16_t* to) {
-    const int64_t size = task.inputs, width = num_tiles(task) * kInputs;
-    std::memset(to + size / 128 * 128, 0, (width - size / 128 * 128) * sizeof *to);
-    if (task.format == kBf16 || task.format == kInt8) {
-        std::memcpy(to, x, size * sizeof *to);
-        return;
+    Panel next(const Panel& panel) const {
+        const int64_t first = all.first + (panel.outputs.first - all.first) / width * width;
+        const int64_t last = at_most(first + width, all.last);
+        if (panel.outputs.last < last) return at(panel.outputs.last, panel.inputs.first);
+        return panel.inputs.last < count ? at(first, panel.inputs.last) : at(last, 0);
     }
-    int64_t k = 0;
-    if (task.format == kInt4) {
-        alignas(64) uint16_t fours[32];
-        for (int word = 0; word < 32; word++) fours[word] = (uint16_t)(4 * word % 64);
-        const __m512i every_fourth = _mm512_load_si512(fours);
-        for (; k + 128 <= size; k += 128) {
-            const __m512i a = _mm512_loadu_si512(x + k), b = _mm512_loadu_si512(x + k + 32);
-            const __m512i c = _mm512_loadu_si512(x + k + 64), d = _mm512_loadu_si512(x + k + 96);
-            for (int part = 0; part < 4; part++) {
-                const __m512i index = _mm512_add_epi16(every_fourth, _mm512_set1_epi16((short)part));
-                const __m512i low = _mm512_permutex2var_epi16(a, index, b);  // its first half is what is wanted
-                const __m512i high = _mm512_permutex2var_epi16(c, index, d);
-                _mm512_storeu_si512(to + k + 32 * part,
-                                    _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
-            }
-        }
+};
+
+}  // namespace
+
+// Unpacks a panel: all of it, or a few outputs after each product of tiles. The latter has no branches, since one that
+// is predicted wrongly leaves the matrix unit without work; so it is for panels of which nothing is missing.
+template <class Weights, int64_t kDepth>
+struct Filler {
+    static constexpr int64_t kLines = kDepth / Weights::kTiles, kBytes = Weights::kTiles * kPair;
+    const Weights weights;
+    const uint8_t *weight, *scale;  // of the expert
+    const int64_t groups;
+    // One line of an output at a time is too little for memory: then lines are fetched in the order in which they lie.
+    static constexpr bool kInOrder = kLines == 1;
+    Source from;  // of the output that comes next
+    uint8_t* to;  // its line of the first tile
+    int64_t outputs, first, lines;  // that the panel has
+    int64_t group[kLines];
+
+    INLINE_MEMBER Filler(const Task& task, int64_t expert)
+        : weights(task), weight(task.weight + expert * task.weight_stride),
+          scale(task.scale + expert * task.scale_stride), groups(task.groups), from{} {
+        from.bytes = row_bytes(task);
     }
-    for (; k < size; k++) {
-        const int64_t tile = task.format == kInt4 ? k / 128 * 4 + k % 4 : k / 64 * 2 + k % 16 / 8;
-        const int64_t column = task.format == kInt4 ? k % 128 / 4 : k % 64 / 16 * 8 + k % 8;
-        to[tile * kInputs + column] = x[k];
+
+    // `next` is the panel that is fetched meanwhile.
+    INLINE_MEMBER void start(const Panel& panel, const Panel& next, uint8_t* panel_to) {
+        const int64_t output = panel.outputs.first;
+        to = panel_to;
+        outputs = panel.outputs.last - output;
+        first = panel.inputs.first / Weights::kTiles;
+        lines = panel.inputs.last / Weights::kTiles - first;
+        from.ahead = (next.outputs.first - output) * from.bytes +
+                     (next.inputs.first - panel.inputs.first) / Weights::kTiles * kLine;
+        if (kInOrder) from.ahead += (kOutputs - 1) * first * kLine;
+        from.row = weight + output * from.bytes;
+        from.scales = (const uint16_t*)scale + output * groups;
+        for (int64_t i = 0; i < kLines; i++) group[i] = weights.group_of(first + i);
     }
-}
 
-// `rows` <= 16 rows of bf16 as tiles, the others zero; `ordered` is room for 16 rows.
-INLINE void pack_rows(const Task& task, const uint16_t* x, int64_t rows, uint16_t* ordered, uint8_t* to) {
-    const int64_t width = num_tiles(task) * kInputs;
-    for (int64_t r = 0; r < rows; r++) order_row(task, x + r * task.inputs, ordered + r * width);
-    const __mmask16 there = (__mmask16)((1u << rows) - 1);
-    const __m512i places = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)(width / 2)));
-    for (int64_t pair = 0; pair < width / 2; pair++, to += 64) {
-        const void* first = ordered + 2 * pair;
-        _mm512_store_si512(to, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, first, 4));
+    INLINE_MEMBER bool is_full() const {
+        return outputs == kOutputs && lines == kLines && (first + kLines) * kLine <= from.bytes;
     }
-}
 
-// ---- Weights: a row of 16 as bf16, into its line of each tile ----
-
-// 64 bytes of a row of weights, then zeros; the same of the outputs that come next are fetched meanwhile.
-INLINE __m512i load_line(const uint8_t* row, int64_t at, int64_t bytes) {
-    _mm_prefetch((const char*)row + at + kOutputs * bytes, _MM_HINT_T1);
-    return vectors::load_bytes(row + at, bytes - at);
-}
-
-INLINE __m512i bf16_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-template <int kGroups>
-INLINE void unpack_int4(const uint8_t* row, int64_t bytes, const uint16_t* scales, int64_t groups, int64_t size,
-                        Range tiles, uint8_t* to) {
-    const __m512 values = _mm512_sub_ps(
-        _mm512_cvtepi32_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)), _mm512_set1_ps(8));
-    const __m512i nibble = _mm512_set1_epi16(15);
-    alignas(64) uint16_t picks[32];
-    for (int word = 0; word < 32; word++) picks[word] = (uint16_t)(word * (kGroups > 1 ? kGroups : 1) / 32 * 16);
-    const __m512i pick = _mm512_load_si512(picks);
-    __m512i table = bf16_of(values, values), upper = table;
-    for (int64_t tile = tiles.first; tile < tiles.last; tile += 4, to += 4 * kTile) {
-        const int64_t line = tile / 4, first = kGroups == 1 ? line * 128 / size : line * kGroups;
-        const auto scaled = [&](int64_t group) __attribute__((always_inline)) {
-            const float scale = from_bf16(scales[first + group < groups ? first + group : groups - 1]);
-            return _mm512_mul_ps(values, _mm512_set1_ps(scale));
-        };
-        if (kGroups == 1) {
-            const __m512 all = scaled(0);
-            table = bf16_of(all, all);
-        } else if (kGroups > 1) {
-            table = bf16_of(scaled(0), scaled(1));
-            if (kGroups == 4) upper = bf16_of(scaled(2), scaled(3));
-        }
-        const __m512i codes = load_line(row, 64 * line, bytes);
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++) {
-            __m512i index = _mm512_srli_epi16(codes, 4 * part);
-            if (kGroups > 1) index = _mm512_ternarylogic_epi32(index, nibble, pick, 0xEA);  // a & b | c
-            const __m512i weights = kGroups == 4 ? _mm512_permutex2var_epi16(table, index, upper)
-                                                 : _mm512_permutexvar_epi16(index, table);
-            _mm512_store_si512(to + part * kTile, weights);
-        }
+    template <bool kIsFull>
+    INLINE_MEMBER void fill_one() {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < (kIsFull ? kLines : lines); i++)
+            weights.template unpack<kIsFull>(from, first + i, group[i], to + i * kBytes);
+        if (kInOrder) from.ahead += kLine - from.bytes;
+        from.row += from.bytes;
+        from.scales += groups;
+        to += kLine;
     }
-}
 
-INLINE void unpack_fp8(const uint8_t* row, int64_t bytes, const Table& table, Range tiles, uint8_t* to) {
-    for (int64_t tile = tiles.first; tile < tiles.last; tile += 2, to += 2 * kTile) {
-        __m512i first, second;
-        vectors::decode_fp8(load_line(row, 32 * tile, bytes), table, first, second);
-        _mm512_store_si512(to, first);
-        _mm512_store_si512(to + kTile, second);
+    template <int64_t kCount>
+    INLINE_MEMBER void fill_some() {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kCount; i++) fill_one<true>();
     }
-}
 
-INLINE void unpack_int8(const uint8_t* row, int64_t bytes, Range tiles, uint8_t* to) {
-    for (int64_t tile = tiles.first; tile < tiles.last; tile++, to += kTile) {
-        const __m512i codes = load_line(row, 32 * tile, bytes);  // of which the first half is used
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_castsi512_si128(codes)));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(codes, 1)));
-        _mm512_store_si512(to, bf16_of(low, high));
+    void fill_all() {
+        for (int64_t n = 0; n < at_most(outputs, kOutputs); n++) fill_one<false>();
+        for (int64_t n = outputs > 0 ? outputs : 0; n < kOutputs; n++, to += kLine)
+            for (int64_t i = 0; i < lines * Weights::kTiles; i++)
+                _mm512_store_si512(to + i * kPair, _mm512_setzero_si512());
     }
-}
-
-INLINE void unpack_bf16(const uint8_t* row, int64_t bytes, Range tiles, uint8_t* to) {
-    for (int64_t tile = tiles.first; tile < tiles.last; tile++, to += kTile)
-        _mm512_store_si512(to, load_line(row, 64 * tile, bytes));
-}
-
-// Outputs [first, last), at most 16, of some tiles of inputs: [tiles][16 outputs][32 inputs].
-INLINE void unpack(const Task& task, int64_t expert, Range outputs, const Table& table, Range tiles, uint8_t* to) {
-    const int64_t bytes = row_bytes(task), group = has_groups(task) ? task.inputs / task.groups : 0;
-    for (int64_t n = 0; n < kSide; n++, to += 64) {
-        const int64_t output = outputs.first + n;
-        if (output >= outputs.last) {
-            for (int64_t tile = tiles.first; tile < tiles.last; tile++)
-                _mm512_store_si512(to + (tile - tiles.first) * kTile, _mm512_setzero_si512());
-            continue;
-        }
-        const uint8_t* row = task.weight + expert * task.weight_stride + output * bytes;
-        const uint16_t* scales =
-            (const uint16_t*)(task.scale + expert * task.scale_stride) + (group ? output * task.groups : 0);
-        if (task.format == kFp8) unpack_fp8(row, bytes, table, tiles, to);
-        if (task.format == kInt8) unpack_int8(row, bytes, tiles, to);
-        if (task.format == kBf16) unpack_bf16(row, bytes, tiles, to);
-        if (task.format != kInt4) continue;
-        if (group == 0) unpack_int4<0>(row, bytes, nullptr, 1, 1, tiles, to);
-        else if (group == 32) unpack_int4<4>(row, bytes, scales, task.groups, group, tiles, to);
-        else if (group == 64) unpack_int4<2>(row, bytes, scales, task.groups, group, tiles, to);
-        else unpack_int4<1>(row, bytes, scales, task.groups, group, tiles, to);
-    }
-}
+};
 
 // ---- Products ----
 
@@ -213,103 +155,132 @@ INLINE void zero_sums() {
     _tile_zero(3);
 }
 
-// Adds products of two tiles of outputs, `stride` apart, with one or two of rows, `x_stride` apart.
-template <bool kTwo>
-INLINE void multiply(const uint8_t* weights, int64_t stride, const uint8_t* x, int64_t x_stride, int64_t count) {
-    for (int64_t tile = 0; tile < count; tile++, weights += kTile, x += kTile) {
-        _tile_loadd(4, weights, 64);
-        _tile_loadd(6, x, 64);
-        _tile_loadd(5, weights + stride, 64);
+// Adds products of a panel with one or two tiles of rows; after each, fills kShare outputs of the next.
+// Before that come the loads for the next product, which would wait for the stores.
+template <bool kTwo, int64_t kShare, class Filler>
+INLINE void multiply(const uint8_t* panel, const uint8_t* x, int64_t count, Filler& next) {
+    const auto load = [&](int64_t tile) __attribute__((always_inline)) {
+        _tile_loadd(4, panel + tile * kPair, 64);
+        _tile_loadd(6, x + tile * kTile, 64);
+        _tile_loadd(5, panel + tile * kPair + kTile, 64);
+        if (kTwo) _tile_loadd(7, x + (kSlice + tile) * kTile, 64);
+    };
+    load(0);
+    for (int64_t tile = 1;; tile++) {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
         if (kTwo) {
-            _tile_loadd(7, x + x_stride, 64);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
+        if (tile < count) load(tile);
+        next.template fill_some<kShare>();
+        if (tile == count) return;
     }
 }
 
-INLINE void multiply(bool two, const uint8_t* weights, int64_t stride, const uint8_t* x, int64_t x_stride, int64_t count) {
-    two ? multiply<true>(weights, stride, x, x_stride, count) : multiply<false>(weights, stride, x, x_stride, count);
-}
-
-using vectors::Rows;  // x: [tiles of rows][tiles of inputs], x_bytes of a tile of rows
+using vectors::Rows;  // x_bytes: of 16 rows
 
 // Results from the sums of 32 outputs x 32 rows.
 INLINE void finish(const Task& task, const Rows& rows, int64_t expert, Range outputs, int64_t first_row,
-                   const uint8_t* stored) {
-    const auto* sums = (const float(*)[kSide][kSide])stored;
-    alignas(64) float scales[kOutputs] = {}, bias[kOutputs] = {};
+                   const uint8_t* sums) {
+    alignas(64) float scales[kOutputs] = {}, biases[kOutputs] = {};
     const int64_t count = outputs.last - outputs.first;
     for (int64_t n = 0; n < count; n++) {
         scales[n] = row_scale(task, expert, outputs.first + n);
-        bias[n] = task.bias ? from_bf16(task.bias[outputs.first + n]) : 0.0f;
+        biases[n] = task.bias ? from_bf16(task.bias[outputs.first + n]) : 0.0f;
     }
-    const __m512i places = _mm512_slli_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);  // 16 rows of an output apart
-    for (int64_t r = 0; r < kRows && first_row + r < rows.count; r++) {
-        const __m512 x_scale = _mm512_set1_ps(rows.scale[(first_row + r) * rows.x_scales]);
-        uint16_t* y = task.y + (rows.first + first_row + r) * task.outputs + outputs.first;
-        for (int64_t half = 0; half < 2 && half * kSide < count; half++) {
-            const float* column = &sums[half * 2 + r / kSide][0][r % kSide];
-            const __m512 factor = _mm512_mul_ps(x_scale, _mm512_load_ps(scales + half * kSide));
-            const __m512 sum = _mm512_i32gather_ps(places, column, 4);
-            const __m256i words =
-                (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_mul_ps(sum, factor), _mm512_load_ps(bias + half * kSide)));
-            const int64_t left = count - half * kSide;
-            _mm256_mask_storeu_epi16(y + half * kSide, left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1), words);
+    for (int64_t part = 0; part < 4; part++, sums += kTile) {
+        const int64_t n = part / 2 * kSide, row = first_row + part % 2 * kSide;
+        if (n >= count || row >= rows.count) continue;
+        const __mmask16 there = count - n >= kSide ? 0xFFFF : (__mmask16)((1u << (count - n)) - 1);
+        const __m512 scale = _mm512_load_ps(scales + n), bias = _mm512_load_ps(biases + n);
+        __m512i lines[kSide];
+        for (int64_t i = 0; i < kSide; i++) lines[i] = _mm512_load_si512(sums + kLine * i);
+        transpose(lines);
+        for (int64_t r = 0; r < at_most(rows.count - row, kSide); r++) {
+            const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(rows.scale[(row + r) * rows.x_scales]), scale);
+            const __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(lines[r]), factor), bias);
+            uint16_t* to = task.y + (rows.first + row + r) * task.outputs + outputs.first + n;
+            _mm256_mask_storeu_epi16(to, there, (__m256i)_mm512_cvtneps_pbh(y));
         }
     }
 }
 
-struct Scratch {
-    uint8_t *weights, *sums;
-};
-
-// Adds products with some inputs of 32 outputs to the sums of all rows.
-INLINE void add(const Task& task, const Rows& rows, const Table& table, int64_t expert, Range outputs, Range inputs,
-                const Scratch& scratch, uint8_t* sums) {
-    const Range first = {outputs.first, at_most(outputs.first + kSide, outputs.last)};
-    constexpr int64_t kStride = kAtOnce * kTile;
-    unpack(task, expert, first, table, inputs, scratch.weights);
-    unpack(task, expert, {first.last, outputs.last}, table, inputs, scratch.weights + kStride);
-    const bool stay = rows.count <= kRows;  // in the unit
+// Adds products of a panel to the sums of all rows, and fills the next panel; with the last inputs come results. Sums of up
+// to 32 rows stay in the unit.
+template <int64_t kDepth, bool kStay, class Filler>
+INLINE void run_panel(const Task& task, const Rows& rows, int64_t expert, const Panel& panel, const uint8_t* weights,
+                      uint8_t* sums, Filler& next) {
+    // Of the next panel, after each product with the first rows, of which there are two groups if sums do not stay.
+    constexpr int64_t kShare = kOutputs / kDepth / (kStay ? 1 : 2);
+    const int64_t count = panel.inputs.last - panel.inputs.first;
+    const bool is_last = panel.inputs.last == num_tiles(task), fills = count == kDepth && next.is_full();
+    asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
     for (int64_t row = 0; row < rows.count; row += kRows, sums += kSums) {
-        const uint8_t* x = rows.x + row / kSide * rows.x_bytes + inputs.first * kTile;
-        if (inputs.first == 0) zero_sums();
-        else if (!stay) load_sums(sums);
-        multiply(row + kSide < rows.count, scratch.weights, kStride, x, rows.x_bytes, inputs.last - inputs.first);
-        if (!stay || inputs.last == num_tiles(task)) store_sums(sums);
+        const uint8_t* x = rows.x + packed_at(row / kSide, (rows.count + kSide - 1) / kSide, panel.inputs.first);
+        const bool two = row + kSide < rows.count, some = fills && row < (kStay ? 1 : 2) * kRows;
+        if (panel.inputs.first == 0) zero_sums();
+        else if (!kStay) load_sums(sums);
+        if (two && some) multiply<true, kShare>(weights, x, count, next);
+        else if (two) multiply<true, 0>(weights, x, count, next);
+        else if (some) multiply<false, kShare>(weights, x, count, next);
+        else multiply<false, 0>(weights, x, count, next);
+        if (!kStay || is_last) store_sums(sums);
+        if (is_last) finish(task, rows, expert, panel.outputs, row, sums);
     }
+    if (!fills && next.outputs > 0) next.fill_all();
 }
 
 // One expert's rows with some outputs.
-INLINE void run_rows(const Task& task, const Rows& rows, const Table& table, int64_t expert, Range all, uint8_t* memory) {
-    const Scratch scratch = {memory, memory + 2 * kAtOnce * kTile};
-    const int64_t count = num_tiles(task), groups = (rows.count + kRows - 1) / kRows;
-    const int64_t width = groups == 1 ? kOutputs : (groups < kSumsAtOnce ? kSumsAtOnce / groups : 1) * kOutputs;
-    for (int64_t n = all.first; n < all.last; n += width) {
-        const Range outputs = {n, at_most(n + width, all.last)};
-        const auto each = [&](auto&& function) __attribute__((always_inline)) {
-            uint8_t* sums = scratch.sums;
-            for (int64_t m = outputs.first; m < outputs.last; m += kOutputs, sums += groups * kSums)
-                function(Range{m, at_most(m + kOutputs, outputs.last)}, sums);
-        };
-        for (int64_t tile = 0; tile < count; tile += kAtOnce) {
-            const Range inputs = {tile, at_most(tile + kAtOnce, count)};
-            each([&](Range some, uint8_t* sums) { add(task, rows, table, expert, some, inputs, scratch, sums); });
-        }
-        each([&](Range some, uint8_t* sums) {
-            for (int64_t group = 0; group < groups; group++)
-                finish(task, rows, expert, some, group * kRows, sums + group * kSums);
-        });
+template <class Weights, int64_t kDepth, bool kStay>
+void run_panels(const Task& task, const Rows& rows, int64_t expert, Range all, uint8_t* memory) {
+    const int64_t groups = (rows.count + kRows - 1) / kRows;
+    const bool is_kept = groups * 2 * rows.x_bytes <= kKept;
+    const int64_t width = kStay || is_kept ? kOutputs : (groups < kSumsAtOnce ? kSumsAtOnce / groups : 1) * kOutputs;
+    const Sequence sequence = {all, width, kDepth, num_tiles(task)};
+    uint8_t* sums = memory + 2 * kPanel;
+    Filler<Weights, kDepth> filler(task, expert);
+    int64_t turn = 0;
+    const auto start = [&](const Panel& panel) __attribute__((always_inline)) {
+        // With one panel of outputs at a time what comes next would be too near.
+        const Panel next = width == kOutputs ? sequence.at(panel.outputs.last, panel.inputs.first) : sequence.next(panel);
+        filler.start(panel, next, memory + turn * kDepth * kPair);
+        turn ^= 1;
+    };
+    Panel panel = sequence.at(all.first, 0);
+    start(panel);
+    filler.fill_all();
+    while (panel.outputs.first < panel.outputs.last) {
+        const Panel next = sequence.next(panel);
+        const int64_t place = (panel.outputs.first - all.first) % width / kOutputs * groups;
+        start(next);
+        run_panel<kDepth, kStay>(task, rows, expert, panel, memory + turn * kDepth * kPair, sums + place * kSums, filler);
+        panel = next;
+    }
+}
+
+template <class Weights>
+INLINE void run_rows_of(const Task& task, const Rows& rows, int64_t expert, Range outputs, uint8_t* memory) {
+    if (rows.count <= kRows) return run_panels<Weights, kFewDepth, true>(task, rows, expert, outputs, memory);
+    run_panels<Weights, kManyDepth, false>(task, rows, expert, outputs, memory);
+}
+
+INLINE void run_rows(const Task& task, const Rows& rows, int64_t expert, Range outputs, uint8_t* memory) {
+    if (task.format == kBf16) return run_rows_of<Bf16Weights>(task, rows, expert, outputs, memory);
+    if (task.format == kFp8) return run_rows_of<Fp8Weights>(task, rows, expert, outputs, memory);
+    if (task.format == kInt8) return run_rows_of<Int8Weights>(task, rows, expert, outputs, memory);
+    switch (has_groups(task) ? task.inputs / task.groups : 0) {
+        case 0: return run_rows_of<Int4Weights<0>>(task, rows, expert, outputs, memory);
+        case 32: return run_rows_of<Int4Weights<4>>(task, rows, expert, outputs, memory);
+        case 64: return run_rows_of<Int4Weights<2>>(task, rows, expert, outputs, memory);
+        default: return run_rows_of<Int4Weights<1>>(task, rows, expert, outputs, memory);
     }
 }
 
 INLINE int64_t scratch_bytes(int64_t most_rows) {
     const int64_t groups = (most_rows + kRows - 1) / kRows;
-    return 2 * kAtOnce * kTile + (groups < kSumsAtOnce ? kSumsAtOnce : groups) * kSums;
+    return 2 * kPanel + (groups < kSumsAtOnce ? kSumsAtOnce : groups) * kSums;
 }
 
 }  // namespace tiles

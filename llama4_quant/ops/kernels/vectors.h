@@ -10,6 +10,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "portable.h"
 
 namespace vectors {
@@ -128,10 +130,22 @@ INLINE void prepare_int8(const uint16_t* x, int64_t size, uint8_t* to) {
 }
 
 // Place in a line of 64 words of the input that `decode_fp8` gives there.
-INLINE int64_t fp8_place(int64_t k) { return k % 64 / 16 * 8 + k % 8 + (k % 16 < 8 ? 0 : 32); }
+constexpr int64_t fp8_place(int64_t k) { return k % 64 / 16 * 8 + k % 8 + (k % 16 < 8 ? 0 : 32); }
 
+// Inputs from `first` on, a multiple of 64.
 INLINE void order_fp8(const uint16_t* codes, int64_t first, int64_t size, uint16_t* to) {
-    for (int64_t k = first; k < first + size; k++) to[k / 64 * 64 + fp8_place(k)] = codes[k - first];
+    alignas(64) static constexpr auto kInput = [] {
+        struct { uint16_t of[64]; } input{};
+        for (int64_t k = 0; k < 64; k++) input.of[fp8_place(k)] = (uint16_t)k;
+        return input;
+    }();
+    int64_t k = first;
+    for (; k + 64 <= first + size; k += 64) {
+        const __m512i low = _mm512_loadu_si512(codes + k - first), high = _mm512_loadu_si512(codes + k - first + 32);
+        for (int64_t half = 0; half < 64; half += 32)
+            _mm512_storeu_si512(to + k + half, _mm512_permutex2var_epi16(low, _mm512_load_si512(kInput.of + half), high));
+    }
+    for (; k < first + size; k++) to[k / 64 * 64 + fp8_place(k)] = codes[k - first];
 }
 
 // One row of activations, in zeroed memory; scales are one, or of FP8 in blocks one for 128 inputs.
@@ -154,12 +168,13 @@ INLINE void prepare_row(const Task& task, const uint16_t* x, uint8_t* to, float*
 
 // ---- Weights ----
 
-// Scales of the 128 weights of an int4 line, one for every eight: kGroups of them lie at `from`.
+// Scales of the 128 weights of an int4 line, one for every eight: kGroups of them lie at `from`, or less: `bytes`.
 template <int kGroups>
-INLINE __m512 group_scales(const uint16_t* from, int64_t count) {
+INLINE __m512 group_scales(const uint16_t* from, int64_t bytes) {
     if (kGroups == 1) return _mm512_castsi512_ps(_mm512_set1_epi32((uint32_t)*from << 16));
     uint64_t words = 0;
-    std::memcpy(&words, from, count >= kGroups ? 2 * kGroups : 2 * count);
+    if (bytes == 2 * kGroups) std::memcpy(&words, from, 2 * kGroups);
+    else for (int64_t i = 0; i < bytes; i += 2) words |= (uint64_t)from[i / 2] << (8 * i);
     // Lane i is words[i * kGroups / 16], moved to the upper half.
     alignas(64) static constexpr auto kPlaces = [] {
         struct { uint8_t bytes[64]; } places{};
@@ -216,18 +231,21 @@ INLINE void multiply_int4(const Operands& of, float (*sums)[kRows]) {
     const uint16_t* scales = (const uint16_t*)(task.scale + of.expert * task.scale_stride) + of.output * task.groups;
     __m512 sum[kOutputs][kRows] = {};
     int64_t group = 0, left = lines_per_group;
-    for (int64_t line = 0; line < count; line++) {
-        const int64_t size = of.bytes - 64 * line;
+    // All of a line, or `size` bytes of the last one and as many of its scales as there are.
+    const auto add_line = [&](int64_t line, auto is_full, int64_t size) __attribute__((always_inline)) {
+        constexpr bool kIsFull = decltype(is_full)::value;
 #pragma GCC unroll 4
         for (int n = 0; n < kOutputs; n++) {
             const uint8_t* from = of.weight + n * of.bytes + 64 * line;
             _mm_prefetch((const char*)from + ahead, _MM_HINT_T1);
-            const __m512i codes = size >= 64 ? _mm512_loadu_si512(from) : load_bytes(from, size);
+            const __m512i codes = kIsFull ? _mm512_loadu_si512(from) : load_bytes(from, size);
             const __m512i even = _mm512_and_si512(codes, mask);
             const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
-            const __m512 scale =
-                kGroups ? group_scales<kGroups ? kGroups : 1>(scales + n * task.groups + group, task.groups - group)
-                        : _mm512_set1_ps(1.0f);
+            __m512 scale = _mm512_set1_ps(1.0f);
+            if (kGroups) {
+                const int64_t there = kIsFull ? kGroups : at_most(task.groups - group, kGroups);
+                scale = group_scales<kGroups ? kGroups : 1>(scales + n * task.groups + group, 2 * there);
+            }
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; r++) {
                 const uint8_t* x = of.x + r * of.x_bytes + line * Line<kInt4>::kBytes;
@@ -242,7 +260,10 @@ INLINE void multiply_int4(const Operands& of, float (*sums)[kRows]) {
         }
         if (kGroups > 1) group += kGroups;
         if (kGroups == 1 && !--left) group++, left = lines_per_group;
-    }
+    };
+    const int64_t full = of.bytes / kLine;
+    for (int64_t line = 0; line < full; line++) add_line(line, std::true_type{}, kLine);
+    if (full < count) add_line(full, std::false_type{}, of.bytes - full * kLine);
     for (int n = 0; n < kOutputs; n++)
         for (int r = 0; r < kRows; r++) sums[n][r] = _mm512_reduce_add_ps(sum[n][r]);
 }
