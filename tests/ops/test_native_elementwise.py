@@ -19,8 +19,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 EPS = 1e-5
-ULP = 2**-8
-"""Of bf16: a float32 result that is off in its last bits rounds to the same number, or to its neighbour."""
+ULP = 2**-7
+"""How far apart neighbours in bf16 are at most, relative to the smaller: a float32 result that is off in its last bits
+rounds to the same number or to a neighbour."""
 
 
 @pytest.fixture(scope="module", params=("native", "x86-64-v3"))
@@ -64,7 +65,7 @@ def test_rms_norm(shape: tuple[int, ...], has_weight: bool) -> None:
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_rotate(batch: int, positions: int, tokens: int) -> None:
     x = _random(batch, tokens, 5, 128)
-    angles = torch.randn(positions, tokens, 64)
+    angles = torch.randn(positions, tokens, 64, generator=torch.Generator().manual_seed(tokens))
     cos, sin = angles.cos(), angles.sin()
     expected = Rotation(cos=cos, sin=sin).apply(x)
     assert torch.equal(rotate(x, cos, sin, None), expected)  # the same float32 operations, one by one
@@ -95,7 +96,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
 @pytest.mark.usefixtures("variant")
 def test_a_row_does_not_depend_on_others_nor_on_threads() -> None:
     x, up, weight = _random(700, 256), _random(700, 256, scale=2.0), _random(256)
-    angles = torch.randn(1, 70, 64)
+    angles = torch.randn(1, 70, 64, generator=torch.Generator().manual_seed(70))
     heads = x.view(1, 70, 20, 128)
     whole = [rms_norm(x, weight, EPS), silu_mul(x, up), rotate(heads, angles.cos(), angles.sin(), EPS)]
     rows = [0, 1, 8, 70]
