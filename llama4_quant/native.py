@@ -16,10 +16,13 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
+Interface = TypeVar("Interface")
 COMPILERS = ("c++", "g++", "clang++")
 # The two -fno-... only let comparisons and square roots be vectorised; fast-math would change results.
 FLAGS = (
@@ -65,8 +68,12 @@ class Compiled:
     functions: ctypes.CDLL
 
 
-def compile_and_load(program: Program) -> Compiled:
+def compile_and_load(program: Program, interface: Callable[[Compiled], Interface]) -> Interface:
     """Compile `program`, or take it from the cache.
+
+    Args:
+        program: what to compile.
+        interface: makes what is returned of the loaded library.
 
     Raises:
         NativeUnavailableError: no compiler, or it failed, or this machine is not little-endian.
@@ -82,8 +89,8 @@ def compile_and_load(program: Program) -> Compiled:
     try:
         if not path.exists():
             _compile(command, sources, path)
-        return Compiled(path, version, ctypes.CDLL(str(path)))
-    except OSError as error:
+        return interface(Compiled(path, version, ctypes.CDLL(str(path))))
+    except (OSError, AttributeError) as error:  # the latter: a function is not in it
         raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
 
 

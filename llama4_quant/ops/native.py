@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llama4_quant.native import NativeUnavailableError
 from llama4_quant.ops.native_checks import is_per_row, why_not_dense, why_not_fp8, why_not_int4, why_not_int8
 from llama4_quant.ops.native_library import Format, Library, build
+from llama4_quant.ops.native_program import built_or_reason, reason_of, required
 from llama4_quant.ops.torch_cpu import spans
 
 __all__ = [
@@ -51,8 +51,7 @@ _SCALE_TYPES = {torch.bfloat16: 1, torch.float32: 2}
 
 def probe() -> str | None:
     """Why there are no compiled kernels; None if there are. Compiles them on first use, after that it costs nothing."""
-    found = _library()
-    return found if isinstance(found, str) else None
+    return reason_of(_library())
 
 
 def description() -> str:
@@ -132,10 +131,7 @@ def grouped_int8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scal
 
 @functools.cache
 def _library() -> Library | str:
-    try:
-        return build()
-    except NativeUnavailableError as error:
-        return str(error)
+    return built_or_reason(build)
 
 
 def _require(reason: str | None, *, dims: bool) -> None:
@@ -181,9 +177,7 @@ def _call(
     sizes: tuple[int, int, int, int],
 ) -> None:
     """Fill y; `sizes` are rows, experts, outputs, inputs. Decoding makes hundreds of calls a token: no detours."""
-    library = _library()
-    if not isinstance(library, Library):
-        raise RuntimeError(f"no compiled kernels: {library}")  # noqa: TRY004
+    library = required(_library())
     x = x.contiguous()
     scale_address, scale_stride, groups, scale_type, is_block = 0, 0, 0, 0, False
     if scale is not None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama4_quant.native import NativeUnavailableError, Program, compile_and_load
+from llama4_quant.native import compile_and_load
+from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
 
 SOURCES = ("attention.cpp", "floats.h", "task.h")
 DIM_MULTIPLE = 16
@@ -46,21 +47,13 @@ def build(march: str = "native") -> AttentionLibrary:
     """Compile the library, or take it from the cache.
 
     Args:
-        march: the processor to compile for, as the compiler's `-march`.
+        march: as of `kernel_program`.
 
     Raises:
         NativeUnavailableError: no compiler, or it failed.
     """
-    program = Program(
-        name="attention",
-        package="llama4_quant.ops.kernels",
-        sources=SOURCES,
-        flags=("-fopenmp", "-fno-strict-aliasing", f"-march={march}"),
-    )
-    try:
-        return AttentionLibrary(compile_and_load(program).functions)
-    except AttributeError as error:
-        raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
+    program = kernel_program("attention", SOURCES, march)
+    return compile_and_load(program, lambda compiled: AttentionLibrary(compiled.functions))
 
 
 def why_not(device: torch.device, dtype: torch.dtype, stored: torch.dtype, head_dim: int) -> str | None:
@@ -78,16 +71,12 @@ def why_not(device: torch.device, dtype: torch.dtype, stored: torch.dtype, head_
 
 def probe() -> str | None:
     """Why there is no compiled kernel; None if there is one. Compiles it on first use."""
-    found = _library()
-    return found if isinstance(found, str) else None
+    return reason_of(_library())
 
 
 @functools.cache
 def _library() -> AttentionLibrary | str:
-    try:
-        return build()
-    except NativeUnavailableError as error:
-        return str(error)
+    return built_or_reason(build)
 
 
 def reference(
@@ -142,9 +131,7 @@ def cache_attention(
         ValueError: shapes, strides or dtypes do not fit.
         RuntimeError: there is no compiled kernel; `probe` says why.
     """
-    library = _library()
-    if not isinstance(library, AttentionLibrary):
-        raise RuntimeError(f"no compiled kernel: {library}")  # noqa: TRY004
+    library = required(_library())
     _check_codes(q_BGRD, keys, values)
     _check_scales(keys, key_scales, value_scales)
     _check_bias(keys, bias)

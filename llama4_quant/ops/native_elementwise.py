@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama4_quant.native import NativeUnavailableError, Program, compile_and_load
+from llama4_quant.native import compile_and_load
+from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
 
 SOURCES = ("elementwise.cpp", "floats.h", "task.h")
 _TASK = struct.Struct("@5P4qd2i")
@@ -42,42 +43,23 @@ def build(march: str = "native") -> ElementwiseLibrary:
     """Compile the library, or take it from the cache.
 
     Args:
-        march: the processor to compile for, as the compiler's `-march`.
+        march: as of `kernel_program`.
 
     Raises:
         NativeUnavailableError: no compiler, or it failed.
     """
-    program = Program(
-        name="elementwise",
-        package="llama4_quant.ops.kernels",
-        sources=SOURCES,
-        flags=("-fopenmp", "-fno-strict-aliasing", "-ffp-contract=off", f"-march={march}"),
-    )
-    try:
-        return ElementwiseLibrary(compile_and_load(program).functions)
-    except AttributeError as error:
-        raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
+    program = kernel_program("elementwise", SOURCES, march, "-ffp-contract=off")
+    return compile_and_load(program, lambda compiled: ElementwiseLibrary(compiled.functions))
 
 
 def probe() -> str | None:
     """Why there are no compiled kernels; None if there are. Compiles them on first use."""
-    found = _library()
-    return found if isinstance(found, str) else None
+    return reason_of(_library())
 
 
 @functools.cache
 def _library() -> ElementwiseLibrary | str:
-    try:
-        return build()
-    except NativeUnavailableError as error:
-        return str(error)
-
-
-def _compiled() -> ElementwiseLibrary:
-    library = _library()
-    if not isinstance(library, ElementwiseLibrary):
-        raise RuntimeError(f"no compiled kernels: {library}")  # noqa: TRY004
-    return library
+    return built_or_reason(build)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -101,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x, y = x.contiguous(), x.new_empty(x.shape)
     weight = None if weight is None else weight.contiguous()
     addresses = (x.data_ptr(), 0 if weight is None else weight.data_ptr(), 0, 0, y.data_ptr())
-    _compiled().rms_norm(_TASK.pack(*addresses, x.numel() // max(size, 1), size, 1, 1, eps, _threads(x), 0))
+    required(_library()).rms_norm(_TASK.pack(*addresses, x.numel() // max(size, 1), size, 1, 1, eps, _threads(x), 0))
     return y
 
 
@@ -125,7 +107,7 @@ def rotate(x_BTXD: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, eps: float | None) 
     y = x.new_empty(x.shape)
     addresses = (x.data_ptr(), 0, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
     sizes = (batch * tokens * heads, dim, max(heads, 1), max(cos.shape[0] * tokens, 1))
-    _compiled().rotate(_TASK.pack(*addresses, *sizes, -1.0 if eps is None else eps, _threads(x), 0))
+    required(_library()).rotate(_TASK.pack(*addresses, *sizes, -1.0 if eps is None else eps, _threads(x), 0))
     return y
 
 
@@ -136,7 +118,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y, size = gate.new_empty(gate.shape), gate.shape[-1]
     addresses = (gate.data_ptr(), up.data_ptr(), 0, 0, y.data_ptr())
-    _compiled().silu_mul(_TASK.pack(*addresses, gate.numel() // max(size, 1), size, 1, 1, 0.0, _threads(gate), 0))
+    required(_library()).silu_mul(
+        _TASK.pack(*addresses, gate.numel() // max(size, 1), size, 1, 1, 0.0, _threads(gate), 0)
+    )
     return y
 
 

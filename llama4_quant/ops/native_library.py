@@ -5,7 +5,8 @@ import struct
 from enum import IntEnum
 from pathlib import Path
 
-from llama4_quant.native import NativeUnavailableError, Program, compile_and_load
+from llama4_quant.native import compile_and_load
+from llama4_quant.ops.native_program import kernel_program
 
 SOURCES = ("matmul.cpp", "task.h", "activations.h", "portable.h", "vectors.h", "unpack.h", "tiles.h", "fast.h")
 _STATUS_MEMORY, _STATUS_ROWS = 1, 2
@@ -65,20 +66,12 @@ def build(march: str = "native") -> Library:
     """Compile the library, or take it from the cache.
 
     Args:
-        march: the processor to compile for, as the compiler's `-march`, and after a space each, other flags without
-            their `-m`, as in "native no-amx-bf16": they decide which variant runs.
+        march: as of `kernel_program`.
 
     Raises:
         NativeUnavailableError: no compiler, or it failed, or this machine is not little-endian.
     """
-    program = Program(
-        name="matmul",
-        package="llama4_quant.ops.kernels",
-        sources=SOURCES,
-        flags=("-fopenmp", "-fno-strict-aliasing", *(f"-m{part}" for part in f"arch={march}".split())),
+    return compile_and_load(
+        kernel_program("matmul", SOURCES, march),
+        lambda compiled: Library(compiled.path, compiled.compiler, compiled.functions),
     )
-    compiled = compile_and_load(program)
-    try:
-        return Library(compiled.path, compiled.compiler, compiled.functions)
-    except AttributeError as error:
-        raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error

@@ -52,8 +52,4 @@ def build() -> Library:
     Raises:
         NativeUnavailableError: no compiler, or it failed, or this machine is not little-endian.
     """
-    compiled = compile_and_load(PROGRAM)
-    try:
-        return Library(compiled.path, compiled.compiler, compiled.functions)
-    except AttributeError as error:
-        raise NativeUnavailableError(f"cannot load the compiled kernels: {error}") from error
+    return compile_and_load(PROGRAM, lambda compiled: Library(compiled.path, compiled.compiler, compiled.functions))
