@@ -21,7 +21,7 @@ from llama4_quant.native import compile_and_load
 from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
 
 SOURCES = ("elementwise.cpp", "floats.h", "task.h")
-_TASK = struct.Struct("@5P4qd2i")
+_TASK = struct.Struct("@5P4qdi")
 """`struct ElementwiseTask` of elementwise.cpp."""
 _ONE_THREAD = 1 << 16
 """Elements below which one thread is quicker than waking another."""
@@ -83,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x, y = x.contiguous(), x.new_empty(x.shape)
     weight = None if weight is None else weight.contiguous()
     addresses = (x.data_ptr(), 0 if weight is None else weight.data_ptr(), 0, 0, y.data_ptr())
-    required(_library()).rms_norm(_TASK.pack(*addresses, x.numel() // max(size, 1), size, 1, 1, eps, _threads(x), 0))
+    required(_library()).rms_norm(_TASK.pack(*addresses, x.numel() // max(size, 1), size, 1, 1, eps, _threads(x)))
     return y
 
 
@@ -107,7 +107,7 @@ def rotate(x_BTXD: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, eps: float | None) 
     y = x.new_empty(x.shape)
     addresses = (x.data_ptr(), 0, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
     sizes = (batch * tokens * heads, dim, max(heads, 1), max(cos.shape[0] * tokens, 1))
-    required(_library()).rotate(_TASK.pack(*addresses, *sizes, -1.0 if eps is None else eps, _threads(x), 0))
+    required(_library()).rotate(_TASK.pack(*addresses, *sizes, -1.0 if eps is None else eps, _threads(x)))
     return y
 
 
@@ -118,9 +118,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y, size = gate.new_empty(gate.shape), gate.shape[-1]
     addresses = (gate.data_ptr(), up.data_ptr(), 0, 0, y.data_ptr())
-    required(_library()).silu_mul(
-        _TASK.pack(*addresses, gate.numel() // max(size, 1), size, 1, 1, 0.0, _threads(gate), 0)
-    )
+    required(_library()).silu_mul(_TASK.pack(*addresses, gate.numel() // max(size, 1), size, 1, 1, 0.0, _threads(gate)))
     return y
 
 

@@ -8,7 +8,17 @@ from pathlib import Path
 from llama4_quant.native import compile_and_load
 from llama4_quant.ops.native_program import kernel_program
 
-SOURCES = ("matmul.cpp", "task.h", "activations.h", "portable.h", "vectors.h", "unpack.h", "tiles.h", "fast.h")
+SOURCES = (
+    "matmul.cpp",
+    "task.h",
+    "activations.h",
+    "floats.h",
+    "portable.h",
+    "vectors.h",
+    "unpack.h",
+    "tiles.h",
+    "fast.h",
+)
 _STATUS_MEMORY, _STATUS_ROWS = 1, 2
 
 

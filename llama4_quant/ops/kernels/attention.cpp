@@ -12,7 +12,6 @@
 #include <omp.h>
 
 #include "floats.h"
-#include "task.h"
 
 // Fields as in native_attention.py. Strides of codes are in bytes, others in elements.
 struct AttentionTask {

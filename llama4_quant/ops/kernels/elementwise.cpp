@@ -8,7 +8,6 @@
 #include <cmath>
 
 #include "floats.h"
-#include "task.h"
 
 // Fields as in native_elementwise.py.
 struct ElementwiseTask {
@@ -20,25 +19,19 @@ struct ElementwiseTask {
     int64_t rows, size;
     int64_t heads, positions;  // rotate: row r has position (r / heads) % positions
     double eps;                // rotate: negative for no norm
-    int32_t threads, unused;
+    int32_t threads;
 };
 
 namespace {
 
 constexpr int64_t kPiece = 1024;  // elements that are taken through the first cache at a time
 
-INLINE uint16_t rounded(float value) {  // as to_bf16, without a branch
-    const uint32_t word = bits<uint32_t>(value);
-    const uint32_t nearest = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-    return (uint16_t)((word & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : nearest);
-}
-
 INLINE void decode(const uint16_t* __restrict from, int64_t count, float* __restrict to) {
     for (int64_t i = 0; i < count; i++) to[i] = from_bf16(from[i]);
 }
 
 INLINE void encode(const float* __restrict from, int64_t count, uint16_t* __restrict to) {
-    for (int64_t i = 0; i < count; i++) to[i] = rounded(from[i]);
+    for (int64_t i = 0; i < count; i++) to[i] = to_bf16(from[i]);
 }
 
 INLINE float sum_of_squares(const float* values, int64_t count) {
@@ -57,9 +50,6 @@ INLINE float sum_of_squares(const float* values, int64_t count) {
     return total;
 }
 
-// The rounded result of a product is a float32 number again, of which the last bits are zero.
-INLINE float rounded_float(float value) { return from_bf16(rounded(value)); }
-
 INLINE float norm_factor(const uint16_t* x, int64_t size, float eps, float* piece) {
     float sum = 0.0f;
     for (int64_t start = 0; start < size; start += kPiece) {
@@ -70,33 +60,26 @@ INLINE float norm_factor(const uint16_t* x, int64_t size, float eps, float* piec
     return 1.0f / std::sqrt(sum / (float)size + eps);
 }
 
-// y[i] = x[i] * factor; the same place may be read and written.
-INLINE void scale(const uint16_t* x, int64_t size, float factor, float* __restrict piece, uint16_t* y) {
+// What is rounded to bf16, times numbers in bf16.
+INLINE void multiply(const uint16_t* __restrict by, int64_t count, float* __restrict piece) {
+    for (int64_t i = 0; i < count; i++) piece[i] = from_bf16(to_bf16(piece[i])) * from_bf16(by[i]);
+}
+
+// y[i] = x[i] * factor, rounded, and times weight[i] if there is a weight; y may be x.
+INLINE void scale(const uint16_t* x, const uint16_t* weight, int64_t size, float factor, float* piece, uint16_t* y) {
     for (int64_t start = 0; start < size; start += kPiece) {
         const int64_t count = at_most(kPiece, size - start);
         decode(x + start, count, piece);
         for (int64_t i = 0; i < count; i++) piece[i] *= factor;
+        if (weight) multiply(weight + start, count, piece);
         encode(piece, count, y + start);
     }
-}
-
-INLINE void multiply(const uint16_t* __restrict by, int64_t count, float* __restrict piece) {
-    for (int64_t i = 0; i < count; i++) piece[i] = rounded_float(piece[i]) * from_bf16(by[i]);
 }
 
 INLINE void rms_norm_row(const ElementwiseTask& task, int64_t row, float* piece) {
-    const int64_t size = task.size;
-    const uint16_t *x = task.x + row * size, *weight = task.other;
-    uint16_t* y = task.y + row * size;
-    const float factor = norm_factor(x, size, (float)task.eps, piece);
-    if (!weight) return scale(x, size, factor, piece, y);
-    for (int64_t start = 0; start < size; start += kPiece) {
-        const int64_t count = at_most(kPiece, size - start);
-        decode(x + start, count, piece);
-        for (int64_t i = 0; i < count; i++) piece[i] *= factor;
-        multiply(weight + start, count, piece);
-        encode(piece, count, y + start);
-    }
+    const uint16_t* x = task.x + row * task.size;
+    const float factor = norm_factor(x, task.size, (float)task.eps, piece);
+    scale(x, task.other, task.size, factor, piece, task.y + row * task.size);
 }
 
 INLINE void rotate_pairs(
@@ -105,8 +88,8 @@ INLINE void rotate_pairs(
 ) {
     for (int64_t i = 0; i < pairs; i++) {
         const float even = from_bf16(x[2 * i]), odd = from_bf16(x[2 * i + 1]);
-        y[2 * i] = rounded(even * cosines[i] - odd * sines[i]);
-        y[2 * i + 1] = rounded(even * sines[i] + odd * cosines[i]);
+        y[2 * i] = to_bf16(even * cosines[i] - odd * sines[i]);
+        y[2 * i + 1] = to_bf16(even * sines[i] + odd * cosines[i]);
     }
 }
 
@@ -114,7 +97,7 @@ INLINE void rotate_row(const ElementwiseTask& task, int64_t row, float* piece) {
     const int64_t size = task.size, pairs = size / 2, position = row / task.heads % task.positions;
     uint16_t* y = task.y + row * size;
     rotate_pairs(task.x + row * size, task.cosines + position * pairs, task.sines + position * pairs, pairs, y);
-    if (task.eps >= 0) scale(y, size, norm_factor(y, size, (float)task.eps, piece), piece, y);
+    if (task.eps >= 0) scale(y, nullptr, size, norm_factor(y, size, (float)task.eps, piece), piece, y);
 }
 
 INLINE void silu_mul_row(const ElementwiseTask& task, int64_t row, float* piece) {

@@ -2,10 +2,7 @@
 
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#define INLINE static inline __attribute__((always_inline))
+#include "task.h"
 
 namespace {
 

@@ -6,29 +6,16 @@
 #pragma once
 
 #include "activations.h"
+#include "floats.h"
 
 namespace portable {
 
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16;
-constexpr const char* kInstructions = "portable, vectors of 16 floats";
-#else
-constexpr int64_t kLanes = 8;
-constexpr const char* kInstructions = "portable, vectors of 8 floats";
-#endif
+constexpr const char* kInstructions = kLanes == 16 ? "portable, vectors of 16 floats" : "portable, vectors of 8 floats";
 constexpr int64_t kPad = 16;   // activations are followed by zeros up to a multiple of this
 constexpr int64_t kRows = 16;  // outputs at a time
 
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef uint32_t EightWords __attribute__((vector_size(32)));
-
-template <typename Vector, typename Element>
-INLINE Vector load(const Element* from) {
-    Vector vector;
-    std::memcpy(&vector, from, sizeof vector);
-    return vector;
-}
 
 INLINE void decode_int4(const uint8_t* from, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i += 8) {
@@ -63,10 +50,10 @@ INLINE Floats dot(const float* a, const float* b, int64_t count) {
     Floats even = {}, odd = {};
     int64_t i = 0;
     for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-        even += load<Floats>(a + i) * load<Floats>(b + i);
-        odd += load<Floats>(a + i + kLanes) * load<Floats>(b + i + kLanes);
+        even += load(a + i) * load(b + i);
+        odd += load(a + i + kLanes) * load(b + i + kLanes);
     }
-    for (; i < count; i += kLanes) even += load<Floats>(a + i) * load<Floats>(b + i);
+    for (; i < count; i += kLanes) even += load(a + i) * load(b + i);
     return even + odd;
 }
 

@@ -54,9 +54,8 @@ INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1)
 INLINE float from_bf16(uint16_t word) { return bits<float>((uint32_t)word << 16); }
 
 INLINE uint16_t to_bf16(float value) {  // to nearest, ties to even; a NaN stays one
-    const uint32_t word = bits<uint32_t>(value);
-    if ((word & 0x7FFFFFFF) > 0x7F800000) return 0x7FC0;
-    return (uint16_t)((word + 0x7FFF + ((word >> 16) & 1)) >> 16);
+    const uint32_t word = bits<uint32_t>(value), nearest = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+    return (uint16_t)((word & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : nearest);  // no branch: loops become vectors
 }
 
 INLINE int64_t row_bytes(const Task& task) {

@@ -167,13 +167,17 @@ struct Int4Weights {
     }
 };
 
-struct Fp8Weights {
+// No groups: a scale, if any, follows at the end.
+struct WholeRows {
+    explicit WholeRows(const Task&) {}
+    INLINE_MEMBER int64_t group_of(int64_t) const { return 0; }
+};
+
+struct Fp8Weights : WholeRows {
     static constexpr int64_t kTiles = 2;
     vectors::Table table;
 
-    INLINE_MEMBER int64_t group_of(int64_t) const { return 0; }
-
-    explicit Fp8Weights(const Task&) : table(vectors::fp8_table()) {}
+    explicit Fp8Weights(const Task& task) : WholeRows(task), table(vectors::fp8_table()) {}
 
     template <bool kIsFull>
     INLINE_MEMBER void unpack(const Source& from, int64_t line, int64_t, uint8_t* to) const {
@@ -189,12 +193,10 @@ INLINE __m512i int8_to_bf16(__m256i codes) {
     return bf16_of(low, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1))));
 }
 
-struct Int8Weights {
+struct Int8Weights : WholeRows {
     static constexpr int64_t kTiles = 2;
 
-    INLINE_MEMBER int64_t group_of(int64_t) const { return 0; }
-
-    explicit Int8Weights(const Task&) {}
+    using WholeRows::WholeRows;
 
     template <bool kIsFull>
     INLINE_MEMBER void unpack(const Source& from, int64_t line, int64_t, uint8_t* to) const {
@@ -204,12 +206,10 @@ struct Int8Weights {
     }
 };
 
-struct Bf16Weights {
+struct Bf16Weights : WholeRows {
     static constexpr int64_t kTiles = 1;
 
-    INLINE_MEMBER int64_t group_of(int64_t) const { return 0; }
-
-    explicit Bf16Weights(const Task&) {}
+    using WholeRows::WholeRows;
 
     template <bool kIsFull>
     INLINE_MEMBER void unpack(const Source& from, int64_t line, int64_t, uint8_t* to) const {
