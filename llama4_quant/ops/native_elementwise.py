@@ -1,9 +1,8 @@
 """What happens to activations between matrix products, in bf16 on processors, as compiled kernels.
 
-`RMS_NORM`, `ROTATE`, `SILU_MUL`: each is one pass over memory and one call, where torch makes ten
-of either. In decoding it is the calls that count: after a product has streamed tens of megabytes through the caches,
-each of them starts cold. What they compute is written in torch at the places that use them (`RMSNorm`, `Rotation`,
-`silu_and_multiply`), which is what runs anywhere else.
+`RMS_NORM`, `ROTATE`, `SILU_MUL`: each is one pass over memory and one call, where torch makes ten of either. In
+decoding it is the calls that count: after a product has streamed tens of megabytes through the caches, each of them
+starts cold. runtime/elementwise.py has what they compute in torch, which runs anywhere else.
 
 Shape letters: B batch, D head dimension, P = D/2 pairs, T tokens, X heads; `...` leading dimensions.
 """

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from llama4_quant.config import TextConfig
-from llama4_quant.ops import native_attention, native_elementwise
+from llama4_quant.ops import native_attention
 from llama4_quant.runtime import flex, partial
 from llama4_quant.runtime.cache import KeyValues, LayerCache
 from llama4_quant.runtime.cache_formats import CacheScales
+from llama4_quant.runtime.elementwise import HeadRotation
 from llama4_quant.runtime.linear import Builder
 from llama4_quant.runtime.rope import Rotation
 from llama4_quant.runtime.visibility import Segment
@@ -183,22 +184,19 @@ class TextAttention(nn.Module):
 
     Attributes:
         cache_scales: of an FP8 cache, from the checkpoint; None if it has none.
+        is_native: the compiled kernel reads caches of codes.
     """
+
+    is_native: bool
 
     def __init__(self, config: TextConfig, layer: int, builder: Builder, kind: Attention) -> None:
         super().__init__()
         self.uses_rope = config.rope_layers[layer]
-        self.normalizes = config.use_qk_norm and self.uses_rope
-        self.norm_eps = config.rms_norm_eps
         self.head_dim = config.head_dim
         self.kind = kind
-        self.is_native = (
-            kind is Attention.SDPA
-            and builder.allows_native
-            and config.head_dim % native_attention.DIM_MULTIPLE == 0
-            and native_attention.probe() is None
-        )
-        self.rotates_natively = builder.runs_elementwise
+        self.rotated = HeadRotation(builder, config.rms_norm_eps if config.use_qk_norm else None)
+        self._allows_native = kind is Attention.SDPA and builder.allows_native
+        self.choose(builder.device)
         self.cache_scales: CacheScales | None = None
         hidden, bias = config.hidden_size, config.attention_bias
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -206,6 +204,15 @@ class TextAttention(nn.Module):
         self.k_proj = builder.linear("k_proj", keys, hidden, bias=bias)
         self.v_proj = builder.linear("v_proj", keys, hidden, bias=bias)
         self.o_proj = builder.linear("o_proj", hidden, queries, bias=bias)
+
+    def choose(self, device: torch.device) -> None:
+        """Choose for a device, where the cache is from now on; compiles on first use, for processors only."""
+        self.is_native = (
+            self._allows_native
+            and device.type == "cpu"
+            and self.head_dim % native_attention.DIM_MULTIPLE == 0
+            and native_attention.probe() is None
+        )
 
     def forward(self, x_BTH: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden]; with a cache, stores the new keys and values in it."""
@@ -232,8 +239,7 @@ class TextAttention(nn.Module):
         encoded = cache.encode(k, v)
         if q.shape[2] == 1:
             cache.store(step.past, encoded)
-            is_native = self.is_native and q.device.type == "cpu"
-            return attend(q, None, cache, visible, self.kind, is_native=is_native).flatten(2)
+            return attend(q, None, cache, visible, self.kind, is_native=self.is_native).flatten(2)
         y_BTHD = attend(q, cache.decode(step.past, encoded, q.dtype), cache, visible, self.kind)
         cache.store(step.past, encoded)  # not before: a chunked layer has no room for columns that only these see
         return y_BTHD.flatten(2)
@@ -252,16 +258,4 @@ class TextAttention(nn.Module):
 
     def _rotate(self, x_BTXD: Tensor, step: Step) -> Tensor:
         """What a RoPE layer does to queries and keys."""
-        if not self.uses_rope:
-            return x_BTXD
-        if self.rotates_natively and x_BTXD.is_cpu:
-            eps = self.norm_eps if self.normalizes else None
-            return native_elementwise.ROTATE(x_BTXD, step.rotation.cos, step.rotation.sin, eps)
-        x_BTXD = step.rotation.apply(x_BTXD)
-        return _rms_normalized(x_BTXD, self.norm_eps) if self.normalizes else x_BTXD
-
-
-def _rms_normalized(x: Tensor, eps: float) -> Tensor:
-    """Each head divided by its root mean square, in fp32; no weight."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)).type_as(x)
+        return self.rotated(x_BTXD, step.rotation) if self.uses_rope else x_BTXD

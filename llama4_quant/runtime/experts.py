@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llama4_quant.config import TextConfig
-from llama4_quant.runtime.activation import Gate
+from llama4_quant.runtime.elementwise import Gate
 from llama4_quant.runtime.linear import Builder, WeightStorage
 from llama4_quant.runtime.offload import OffloadedExperts
 from llama4_quant.scheme import WeightType

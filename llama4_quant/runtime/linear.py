@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from llama4_quant import ops
 from llama4_quant.errors import SchemeError
-from llama4_quant.ops import native_elementwise
 from llama4_quant.scheme import SchemeLookup, WeightScheme, WeightType
 
 
@@ -198,11 +197,6 @@ class Builder:
     kernel: ops.Kernel = ops.Kernel.AUTO
     offload_experts: bool = False
     name: str = ""
-
-    @property
-    def runs_elementwise(self) -> bool:
-        """Whether compiled kernels are to do what lies between products (ops/native_elementwise.py), on processors."""
-        return self.allows_native and native_elementwise.probe() is None
 
     @property
     def allows_native(self) -> bool:

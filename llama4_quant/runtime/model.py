@@ -35,6 +35,7 @@ from llama4_quant.errors import UsageError
 from llama4_quant.runtime.attention import Attention, TextAttention
 from llama4_quant.runtime.cache import KVCache
 from llama4_quant.runtime.cache_formats import CacheDtype, CacheScales
+from llama4_quant.runtime.elementwise import Elementwise
 from llama4_quant.runtime.expert_store import ExpertStore
 from llama4_quant.runtime.experts import MixtureOfExperts
 from llama4_quant.runtime.linear import Builder, WeightStorage
@@ -385,7 +386,7 @@ def materialize(root: nn.Module, device: torch.device | str) -> None:
             module.register_parameter(name, nn.Parameter(placed, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer.to(device), persistent=False)
-        if isinstance(module, WeightStorage | OffloadedExperts):
+        if isinstance(module, WeightStorage | OffloadedExperts | Elementwise | TextAttention):
             module.choose(torch.device(device))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llama4_quant import ops
 from llama4_quant.config import TextConfig
 from llama4_quant.errors import UsageError
-from llama4_quant.runtime.activation import Gate
+from llama4_quant.runtime.elementwise import Gate
 from llama4_quant.runtime.expert_store import ExpertStore
 from llama4_quant.runtime.expert_tensors import Expert, ExpertWeights
 from llama4_quant.runtime.linear import Builder, Linear

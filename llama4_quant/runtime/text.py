@@ -13,32 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llama4_quant.config import TextConfig
-from llama4_quant.ops import native_elementwise
 from llama4_quant.runtime import flex
 from llama4_quant.runtime.attention import Attention, Step, TextAttention, Visible, query_temperature
 from llama4_quant.runtime.cache import KVCache, LayerCache
+from llama4_quant.runtime.elementwise import RMSNorm
 from llama4_quant.runtime.experts import MLP, MixtureOfExperts
 from llama4_quant.runtime.linear import Builder
 from llama4_quant.runtime.rope import TextRotary
 from llama4_quant.runtime.visibility import plan_segments
-
-
-class RMSNorm(nn.Module):
-    """Divide by the root mean square in fp32, round to the model's dtype, then multiply by the weight."""
-
-    def __init__(self, builder: Builder, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = builder.parameter(size)
-        self.eps = eps
-        self.is_native = builder.runs_elementwise
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
-        if self.is_native and x.is_cpu:
-            return native_elementwise.RMS_NORM(x, self.weight, self.eps)
-        x32 = x.float()
-        normalized = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
-        return normalized.type_as(x) * self.weight
 
 
 class Embedding(nn.Module):

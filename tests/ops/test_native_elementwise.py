@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from llama4_quant.native import NativeUnavailableError
-from llama4_quant.ops import native_elementwise
+from llama4_quant.ops import native_attention, native_elementwise
 from llama4_quant.ops.native_elementwise import ElementwiseLibrary, build, rms_norm, rotate, silu_mul
+from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.runtime.rope import Rotation
 
 pytestmark = pytest.mark.skipif(
@@ -156,3 +158,17 @@ def test_a_model_uses_them_unless_another_kernel_is_asked_for(monkeypatch: pytes
     with torch.inference_mode():
         reference(random_ids(1, 5))
     assert not called
+
+
+@pytest.mark.parametrize("module", [native_elementwise, native_attention])
+def test_nothing_is_compiled_for_a_model_without_a_place(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model for another device, or only to be looked at, need not wait for a compiler."""
+
+    def probe() -> str | None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(module, "probe", probe)
+    model = Llama4Model(text_config(), scheme_of=lambda _name: None, dtype=torch.bfloat16)
+    assert not model.model.norm.is_native
+    with pytest.raises(AssertionError, match="asked"):
+        model.materialize("cpu")
