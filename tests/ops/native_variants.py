@@ -5,6 +5,7 @@ import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ VARIANTS = ("native", "native no-amx-tile no-amx-bf16", "x86-64-v3", "x86-64")
 TILE_ROWS = 3
 
 
-@functools.cache
-def variant(march: str) -> Library:
+Compiled = TypeVar("Compiled")
+
+
+def built_or_skipped(build: Callable[[str], Compiled], march: str) -> Compiled:
     """As for another processor, so that each variant is tested on one machine; skips what cannot be built here."""
     if "x86-64" in march and platform.machine() != "x86_64":
         pytest.skip(f"{march}: not such a machine")
@@ -27,6 +30,12 @@ def variant(march: str) -> Library:
         return build(march)
     except NativeUnavailableError as error:
         pytest.skip(f"{march}: {error}")
+
+
+@functools.cache
+def variant(march: str) -> Library:
+    """Of the matrix products."""
+    return built_or_skipped(build, march)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ops.native_variants import built_or_skipped
 from runtime.tiny_model import random_ids, random_model, text_config
 from torch import Tensor
 
-from llama4_quant.native import NativeUnavailableError
 from llama4_quant.ops import native_attention
 from llama4_quant.ops.native_attention import AttentionLibrary, build, cache_attention
 from llama4_quant.runtime.cache_formats import CacheFormat
@@ -27,10 +27,7 @@ FORMATS = {
 @pytest.fixture(scope="module", params=("native", "x86-64-v3"))
 def variant(request: pytest.FixtureRequest) -> Iterator[AttentionLibrary]:
     """The kernel as compiled for a kind of processor."""
-    try:
-        library = build(request.param)
-    except NativeUnavailableError as error:
-        pytest.skip(f"{request.param}: {error}")
+    library = built_or_skipped(build, request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_attention, "_library", lambda: library)
         yield library

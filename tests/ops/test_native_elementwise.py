@@ -6,11 +6,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from ops.native_variants import built_or_skipped
 from runtime.tiny_model import random_ids, random_model, text_config
 from torch import Tensor
 from torch.nn import functional
 
-from llama4_quant.native import NativeUnavailableError
 from llama4_quant.ops import native_attention, native_elementwise
 from llama4_quant.ops.native_elementwise import ElementwiseLibrary, build, rms_norm, rotate, silu_mul
 from llama4_quant.runtime.model import Llama4Model
@@ -29,10 +29,7 @@ rounds to the same number or to a neighbour."""
 @pytest.fixture(scope="module", params=("native", "x86-64-v3"))
 def variant(request: pytest.FixtureRequest) -> Iterator[ElementwiseLibrary]:
     """The kernels as compiled for a kind of processor."""
-    try:
-        library = build(request.param)
-    except NativeUnavailableError as error:
-        pytest.skip(f"{request.param}: {error}")
+    library = built_or_skipped(build, request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_elementwise, "_library", lambda: library)
         yield library
