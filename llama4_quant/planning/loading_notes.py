@@ -19,7 +19,7 @@ _META_NOTE = (
 )
 _KV_CACHE_NOTE = (
     "KV cache in FP8, scales in the checkpoint: vLLM then keeps one by itself (--kv-cache-dtype bfloat16 prevents it); "
-    "transformers and llama4-quant round keys and values alike, and save no memory"
+    "so does llama4-quant; transformers rounds keys and values alike, and saves no memory"
 )
 
 
