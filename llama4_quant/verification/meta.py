@@ -30,7 +30,7 @@ from llama4_quant.quantizers.error import WeightError, measure
 from llama4_quant.quantizers.quantize import QuantizedWeight
 from llama4_quant.scheme import preset
 from llama4_quant.stream import Piece, Progress, encode_kept, read_pieces, split_piece
-from llama4_quant.verification.findings import Problem, WeightDistance, broken_promise, distance, is_finite
+from llama4_quant.verification.findings import Problem, WeightDistance, distance, is_finite
 
 CHUNK_BYTES = 64 * 2**20
 """What is read at a time of a tensor whose values are checked."""
@@ -95,9 +95,9 @@ class MetaOutput:
                     break
 
     def compare(
-        self, source: CheckpointReader, promised: Mapping[str, float], progress: Progress | None
+        self, source: CheckpointReader, progress: Progress | None
     ) -> tuple[list[WeightDistance], list[Problem]]:
-        """Kept weights must equal the source; quantized ones must be as far from it as `promised` by the report.
+        """Kept weights must equal the source; of quantized ones the distances.
 
         Raises:
             CheckpointError: the source is another model.
@@ -121,7 +121,6 @@ class MetaOutput:
             if progress is not None:
                 progress(piece.decision.name, piece.num_bytes)
         distances = [distance(name, _SCHEME.weights, error) for name, error in sums.items()]
-        problems += [problem for found in distances if (problem := broken_promise(found, promised))]
         return distances, problems
 
     def _stored(self, part: Piece) -> QuantizedWeight:

@@ -15,7 +15,7 @@ from llama4_quant.checkpoint.source import open_source
 from llama4_quant.errors import Llama4QuantError
 from llama4_quant.stream import Progress
 from llama4_quant.verification.files import check_files, listed_files
-from llama4_quant.verification.findings import Problem, Verification, WeightDistance
+from llama4_quant.verification.findings import Problem, Verification, WeightDistance, broken_promise
 from llama4_quant.verification.hugging_face import HuggingFaceOutput
 from llama4_quant.verification.meta import MetaOutput
 from llama4_quant.verification.promises import promised_errors
@@ -54,8 +54,9 @@ def verify(
             problems += found.check_values()
             if source is not None:
                 with open_source(str(source), revision) as original:
-                    distances, wrong = found.compare(original, promised_errors(folder), progress)
-                problems += wrong
+                    distances, wrong = found.compare(original, progress)
+                promised = promised_errors(folder)
+                problems += [*wrong, *filter(None, (broken_promise(weight, promised) for weight in distances))]
     except Llama4QuantError as error:
         problems.append(Problem(where=str(folder), what=str(error)))
     return Verification(
