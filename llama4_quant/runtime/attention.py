@@ -36,8 +36,7 @@ class Attention(StrEnum):
     """How softmax(Q K^T) V is computed."""
 
     SDPA = "sdpa"
-    """torch's fused kernel behind `scaled_dot_product_attention`; for single tokens and caches of codes, on
-    processors, one of ours."""
+    """torch's fused kernel behind `scaled_dot_product_attention`; for single tokens, on processors, one of ours."""
     EAGER = "eager"
     """Matrix products and a softmax in fp32, for reading and for checking."""
     FLEX = "flex"
@@ -89,8 +88,7 @@ def attend(
         cache: of the columns before `new`; None if there are none.
         visible: who sees whom.
         kind: how to compute; flex goes with a `visible` of its own.
-        is_native: for a single token, let the compiled kernel read a cache of codes. Of a cache in bf16 torch's kernel
-            is as quick (tests/benchmarks/cache_attention.py).
+        is_native: for a single token, let the compiled kernel read the cache.
 
     Returns:
         [B, T, H, D]; of padding, anything finite.
@@ -99,7 +97,7 @@ def attend(
         pieces = (piece for piece, _ in _pieces(q_BHTD, new, cache, slice(None), visible.key_start, visible.stop))
         return flex.attend(q_BHTD, list(pieces), visible).transpose(1, 2)
     if q_BHTD.shape[2] == 1:
-        if is_native and cache is not None and cache.format.key.dtype.itemsize == 1:
+        if is_native and cache is not None and cache.format.key.dtype in native_attention.READS:
             return _natively(q_BHTD, cache, visible[0]).transpose(1, 2)
         return _segment(q_BHTD, new, cache, visible[0], kind).transpose(1, 2)
     assert new is not None, "several queries come with their keys"
@@ -124,24 +122,23 @@ def _segment(q: Tensor, new: KeyValues | None, cache: LayerCache | None, segment
 
 def _natively(q: Tensor, cache: LayerCache, segment: Segment) -> Tensor:
     """A single query per head to a cache as it is stored, which is read once: [B, H, 1, D]."""
-    key_scale, value_scale = (kind.scale or 1.0 for kind in (cache.format.key, cache.format.value))
-    parts = []
-    for start, keys, values in cache.stored(segment.key_start, segment.stop):
-        bias, first = segment.bias, start - segment.key_start
-        bias = None if bias is None else bias[..., first : first + keys.codes.shape[2]]
-        q_BGRD = q.reshape(q.shape[0], keys.codes.shape[1], -1, q.shape[-1])
-        output, log_sum = torch.ops.llama4_quant.cache_attention(
-            q_BGRD,
-            keys.codes,
-            values.codes,
-            keys.scales,
-            values.scales,
-            bias,
-            key_scale=key_scale,
-            value_scale=value_scale,
-        )
-        parts.append(partial.Partial(output=output, log_sum=log_sum))
-    return partial.merged(parts).to(q.dtype).view(q.shape)
+    pieces = [(keys, values) for _, keys, values in cache.stored(segment.key_start, segment.stop)]
+    keys, values = ([pair[side].codes for pair in pieces] for side in (0, 1))
+    key_scales, value_scales = (
+        [pair[side].scales for pair in pieces if pair[side].scales is not None] for side in (0, 1)
+    )
+    q_BGRD = q.reshape(q.shape[0], keys[0].shape[1], -1, q.shape[-1])
+    y_BGRD = native_attention.CACHE_ATTENTION(
+        q_BGRD,
+        keys,
+        values,
+        key_scales,
+        value_scales,
+        segment.bias,
+        key_scale=cache.format.key.scale or 1.0,
+        value_scale=cache.format.value.scale or 1.0,
+    )
+    return y_BGRD.view(q.shape)
 
 
 def _on_device(calls: Iterator[partial.Arguments]) -> Tensor:
@@ -184,7 +181,7 @@ class TextAttention(nn.Module):
 
     Attributes:
         cache_scales: of an FP8 cache, from the checkpoint; None if it has none.
-        is_native: the compiled kernel reads caches of codes.
+        is_native: the compiled kernel reads the cache for single tokens.
     """
 
     is_native: bool

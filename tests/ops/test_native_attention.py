@@ -1,6 +1,7 @@
 """The compiled attention of single queries against float64, in every variant and format, and its place in decoding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from llama4_quant.ops import native_attention
 from llama4_quant.ops.native_attention import AttentionLibrary, build, cache_attention
-from llama4_quant.runtime.cache_formats import CacheFormat
+from llama4_quant.runtime.cache_formats import CacheFormat, Stored
 
 pytestmark = pytest.mark.skipif(native_attention.probe() is not None, reason=f"no kernel: {native_attention.probe()}")
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Pieces = list[Tensor]
+Operands = tuple[Tensor, Pieces, Pieces, Pieces, Pieces, Tensor | None]
 Scales = dict[str, float]
 FORMATS = {
     "bf16": CacheFormat(dtype=torch.bfloat16),
@@ -33,8 +35,20 @@ def variant(request: pytest.FixtureRequest) -> Iterator[AttentionLibrary]:
         yield library
 
 
+def _pieces(stored: Stored, borders: Sequence[int]) -> tuple[Pieces, Pieces]:
+    parts = [stored.part(slice(*pair)) for pair in pairwise(borders)]
+    return [part.codes for part in parts], [part.scales for part in parts if part.scales is not None]
+
+
 def _operands(
-    layer_format: CacheFormat, rows: int, heads: int, columns: int, dim: int, *, with_bias: bool = False
+    layer_format: CacheFormat,
+    rows: int,
+    heads: int,
+    columns: int,
+    dim: int,
+    *,
+    with_bias: bool = False,
+    borders: Sequence[int] = (),
 ) -> tuple[Operands, Scales, Tensor]:
     """A part of a larger cache of two groups of heads, and the result in float64 from what its codes stand for."""
     generator = torch.Generator().manual_seed(columns)
@@ -52,16 +66,22 @@ def _operands(
     numbers = [x.codes.double() * (scale if x.scales is None else x.scales.double()) for x in (k, v)]
     scores = q.double() @ numbers[0].transpose(2, 3) / dim**0.5
     scores = scores if bias is None else scores + bias
-    expected = torch.cat([scores.softmax(dim=-1) @ numbers[1], scores.logsumexp(dim=-1).unsqueeze(-1)], dim=-1)
-    return (q, k.codes, v.codes, k.scales, v.scales, bias), {"key_scale": scale, "value_scale": scale}, expected
+    (keys, key_scales), (values, value_scales) = (_pieces(x, (0, *borders, columns)) for x in (k, v))
+    operands = (q, keys, values, key_scales, value_scales, bias)
+    return operands, {"key_scale": scale, "value_scale": scale}, scores.softmax(dim=-1) @ numbers[1]
+
+
+def _bound(dim: int) -> dict[str, float]:
+    """Scores are below 10 here: sums of `dim` float32 products are off by less than 10 * dim * 2^-24, which is the
+    relative error of a weight; 2^-21 more are the exponential's. Values are below 6, and so twice that off; the result
+    is rounded to bf16."""
+    return {"atol": 6 * 2 * (10 * dim * 2**-24 + 2**-21), "rtol": 2**-8}
 
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("layer_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_against_float64(layer_format: CacheFormat, with_bias: bool) -> None:
-    # Scores are below 10 here: sums of `dim` float32 products are off by less than 10 * dim * 2^-24, which is the
-    # relative error of a weight; 2^-21 more are the exponential's. Values are below 6, and so twice that off.
     for rows, heads, columns, dim in (
         (1, 5, 1, 64),
         (2, 1, 31, 16),
@@ -70,10 +90,16 @@ def test_against_float64(layer_format: CacheFormat, with_bias: bool) -> None:
         (1, 8, 2500, 112),
     ):
         operands, scales, expected = _operands(layer_format, rows, heads, columns, dim, with_bias=with_bias)
-        output, log_sum = cache_attention(*operands, **scales)
-        bound = 6 * 2 * (10 * dim * 2**-24 + 2**-21)
-        torch.testing.assert_close(output.double(), expected[..., :-1], atol=bound, rtol=0)
-        torch.testing.assert_close(log_sum.double(), expected[..., -1], atol=bound, rtol=0)
+        torch.testing.assert_close(cache_attention(*operands, **scales).double(), expected, **_bound(dim))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("layer_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("borders", [(1,), (40, 41, 1100), (1300, 2400)])
+def test_a_cache_in_pieces(layer_format: CacheFormat, borders: tuple[int, ...]) -> None:
+    """With a bias, whose columns count through all pieces."""
+    operands, scales, expected = _operands(layer_format, 2, 3, 2500, 64, with_bias=True, borders=borders)
+    torch.testing.assert_close(cache_attention(*operands, **scales).double(), expected, **_bound(64))
 
 
 @pytest.mark.usefixtures("variant")
@@ -86,8 +112,7 @@ def test_results_do_not_depend_on_threads() -> None:
             found.append(cache_attention(*operands, **scales))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.usefixtures("variant")
@@ -98,40 +123,42 @@ def test_far_apart_scores_and_nan() -> None:
     k[..., 0] = -200
     k[[0, 1], 0, places, 0] = 200
     v = torch.arange(3000.0).view(1, 1, -1, 1).repeat(2, 1, 1, 16).bfloat16()
-    output, _ = cache_attention(q, k, v, None, None, None)
+    output = cache_attention(q, [k], [v], [], [], None)
     for row, place in enumerate(places):
-        assert torch.equal(output[row, 0], v[row, 0, place].float().expand(3, 16))
+        assert torch.equal(output[row, 0], v[row, 0, place].expand(3, 16))
     k[1, 0, 5, 0] = torch.nan
-    output, _ = cache_attention(q, k, v, None, None, None)
+    output = cache_attention(q, [k], [v], [], [], None)
     assert output[1].isnan().all()
-    assert torch.equal(output[0, 0], v[0, 0, 1].float().expand(3, 16))
+    assert torch.equal(output[0, 0], v[0, 0, 1].expand(3, 16))
 
 
 @pytest.mark.parametrize("layer_format", FORMATS.values(), ids=FORMATS)
 def test_the_reference_and_the_operator(layer_format: CacheFormat) -> None:
-    operands, scales, expected = _operands(layer_format, 2, 3, 70, 32, with_bias=True)
-    output, log_sum = native_attention.reference(*operands, **scales)
-    bound = 6 * 2 * (10 * 32 * 2**-24 + 2**-21)  # as above
-    torch.testing.assert_close(output.double(), expected[..., :-1], atol=bound, rtol=0)
-    torch.testing.assert_close(log_sum.double(), expected[..., -1], atol=bound, rtol=0)
+    operands, scales, expected = _operands(layer_format, 2, 3, 70, 32, with_bias=True, borders=(30,))
+    torch.testing.assert_close(native_attention.reference(*operands, **scales).double(), expected, **_bound(32))
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if layer_format.dtype is not torch.float8_e4m3fn:  # torch cannot multiply these, and this check wants to
         checks.append("test_schema")
-    torch.library.opcheck(torch.ops.llama4_quant.cache_attention.default, operands, scales, test_utils=checks)
+    torch.library.opcheck(native_attention.CACHE_ATTENTION, operands, scales, test_utils=checks)
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    (q, k, v, *_), *_ = _operands(FORMATS["bf16"], 1, 2, 8, 32)
+    (q, [k], [v], *_), *_ = _operands(FORMATS["bf16"], 1, 2, 8, 32)
     for bad, message in (
-        ((q.float(), k, v), "dtype float32: the kernel takes bfloat16"),
-        ((q[..., :24], k[..., :24], v[..., :24]), "head_dim 24 is not a multiple of 16"),
-        ((q, k[:, :, :4], v), "the same strides, column after column"),
-        ((q, k.float(), v.float()), "a cache of float32"),
+        ((q.float(), [k], [v]), "dtype float32: the kernel takes bfloat16"),
+        ((q[..., :24], [k[..., :24]], [v[..., :24]]), "head_dim 24 is not a multiple of 16"),
+        ((q, [k[:, :, :4]], [v]), "the same strides, column after column"),
+        ((q, [k, k.float()], [v, v.float()]), "the same strides, column after column"),
+        ((q, [k.float()], [v.float()]), "a cache of float32"),
+        ((q, [k, k], [v]), "2 pieces of keys and 1 of values"),
+        ((q, [], []), "0 pieces"),
     ):
         with pytest.raises(ValueError, match=message):
-            cache_attention(*bad, None, None, None)
-    with pytest.raises(ValueError, match="or neither has"):
-        cache_attention(q, k, v, torch.ones(1, 2, 8, 1).bfloat16(), None, None)
+            cache_attention(*bad, [], [], None)
+    with pytest.raises(ValueError, match="or none of them has"):
+        cache_attention(q, [k], [v], [torch.ones(1, 2, 8, 1).bfloat16()], [], None)
+    with pytest.raises(ValueError, match="expected float32"):
+        cache_attention(q, [k], [v], [], [], torch.zeros(1, 1, 1, 7))
 
 
 @pytest.mark.parametrize("kind", ["auto", "fp8", "int8"])

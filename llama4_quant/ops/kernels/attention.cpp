@@ -13,22 +13,23 @@
 
 #include "floats.h"
 
-// Fields as in native_attention.py. Strides of codes are in bytes, others in elements.
-struct AttentionTask {
-    const uint16_t* queries;       // bf16 [rows, groups, heads, dim]
+// Fields as in native_attention.py. Consecutive columns that lie together; strides of codes are in bytes, others in elements.
+struct Piece {
     const uint8_t* keys;           // [rows, groups, columns, dim]
     const uint8_t* values;         // likewise
     const uint16_t* key_scales;    // bf16 [rows, groups, columns], or null
     const uint16_t* value_scales;  // likewise
-    const float* bias;             // [rows, columns], or null
-    float* outputs;                // [rows, groups, heads, dim]
-    float* log_sums;               // [rows, groups, heads]
-    float* parts;                  // [rows * groups, parts, heads * (dim + 2)]
-    float* scratch;                // [threads, scratch_size]
-    int64_t rows, groups, heads, dim, columns;
-    int64_t key_row_stride, key_group_stride;      // of values too
-    int64_t scale_row_stride, scale_group_stride;  // of value_scales too
-    int64_t bias_stride;
+    int64_t columns, first;        // first: of the bias
+    int64_t row_stride, group_stride;              // of keys and of values
+    int64_t scale_row_stride, scale_group_stride;  // of both scales
+};
+
+struct AttentionTask {
+    const uint16_t* queries;  // bf16 [rows, groups, heads, dim]
+    const Piece* pieces;
+    const float* bias;  // [rows, all columns], or null
+    uint16_t* outputs;  // bf16 [rows, groups, heads, dim]
+    int64_t rows, groups, heads, dim, num_pieces, bias_stride;
     int32_t format, threads;
     float key_scale, value_scale;  // of all; key_scale has the softmax's 1 / sqrt(dim) in it
 };
@@ -37,6 +38,7 @@ namespace {
 
 constexpr int64_t kTile = 32;    // columns decoded at a time
 constexpr int64_t kPart = 1024;  // columns of a part
+constexpr int64_t kAlone = 1 << 17;  // elements of keys below which one thread is quicker than waking another
 
 // Of each kWidth lanes of two vectors the first (or second) half.
 template <int kWidth, bool kSecond, int... kIndex>
@@ -138,38 +140,45 @@ INLINE int64_t scratch_size(const AttentionTask& task) {
     return kTile * task.dim + task.heads * (task.dim + kTile);
 }
 
-// One part of the columns of one group: for each head its output, not yet divided by its sum; then largest scores, sums.
+// Columns [start, stop) of a piece, of one group of one row.
+struct Part {
+    const Piece* piece;
+    int64_t row, group, start, stop;
+};
+
+// For each head of a part its output, not yet divided by its sum; then largest scores, then sums.
 template <Format kFormat>
-void attend_part(const AttentionTask& task, int64_t row, int64_t group, int64_t part, float* result, float* scratch) {
+void attend_part(const AttentionTask& task, const Part& part, float* result, float* scratch) {
+    const Piece& piece = *part.piece;
     const int64_t heads = task.heads, dim = task.dim, code_bytes = kFormat == kBf16 ? 2 : 1;
     float *tile = scratch, *queries = tile + kTile * dim, *scores = queries + heads * dim;
     float *largest = result + heads * dim, *sums = largest + heads;
-    decode<kBf16>((const uint8_t*)(task.queries + (row * task.groups + group) * heads * dim), heads * dim, queries);
+    decode<kBf16>((const uint8_t*)(task.queries + (part.row * task.groups + part.group) * heads * dim), heads * dim, queries);
     for (int64_t i = 0; i < heads * dim; i++) queries[i] *= task.key_scale;
     for (int64_t i = 0; i < heads * dim; i++) result[i] = 0.0f;
     for (int64_t h = 0; h < heads; h++) largest[h] = -INFINITY, sums[h] = 0.0f;
-    const int64_t codes = row * task.key_row_stride + group * task.key_group_stride;
-    const int64_t scales = row * task.scale_row_stride + group * task.scale_group_stride;
-    const int64_t stop = at_most((part + 1) * kPart, task.columns);
-    for (int64_t column = part * kPart; column < stop; column += kTile) {
-        const int64_t count = at_most(kTile, stop - column);
-        decode_tile<kFormat>(task.keys + codes + column * dim * code_bytes, count, dim, tile);
+    const int64_t codes = part.row * piece.row_stride + part.group * piece.group_stride;
+    const int64_t scales = part.row * piece.scale_row_stride + part.group * piece.scale_group_stride;
+    const float* bias = task.bias ? task.bias + part.row * task.bias_stride + piece.first : nullptr;
+    for (int64_t column = part.start; column < part.stop; column += kTile) {
+        const int64_t count = at_most(kTile, part.stop - column);
+        decode_tile<kFormat>(piece.keys + codes + column * dim * code_bytes, count, dim, tile);
         multiply_keys(queries, tile, heads, dim, scores);
         for (int64_t h = 0; h < heads; h++) {
             float* own = scores + h * kTile;
-            if (task.key_scales) {
-                for (int64_t j = 0; j < count; j++) own[j] *= from_bf16(task.key_scales[scales + column + j]);
+            if (piece.key_scales) {
+                for (int64_t j = 0; j < count; j++) own[j] *= from_bf16(piece.key_scales[scales + column + j]);
             }
-            if (task.bias) {
-                for (int64_t j = 0; j < count; j++) own[j] += task.bias[row * task.bias_stride + column + j];
+            if (bias) {
+                for (int64_t j = 0; j < count; j++) own[j] += bias[column + j];
             }
             for (int64_t j = count; j < kTile; j++) own[j] = -INFINITY;
             weigh(own, dim, result + h * dim, largest + h, sums + h);
-            if (task.value_scales) {
-                for (int64_t j = 0; j < count; j++) own[j] *= from_bf16(task.value_scales[scales + column + j]);
+            if (piece.value_scales) {
+                for (int64_t j = 0; j < count; j++) own[j] *= from_bf16(piece.value_scales[scales + column + j]);
             }
         }
-        decode_tile<kFormat>(task.values + codes + column * dim * code_bytes, count, dim, tile);
+        decode_tile<kFormat>(piece.values + codes + column * dim * code_bytes, count, dim, tile);
         for (int64_t h = 0; h < heads; h++) {
             const float* weights = scores + h * kTile;
             int64_t d = add_values<8>(weights, tile, dim, 0, result + h * dim);
@@ -179,60 +188,69 @@ void attend_part(const AttentionTask& task, int64_t row, int64_t group, int64_t 
     }
 }
 
-// The parts of one head, put together in order.
-INLINE void merge(const AttentionTask& task, int64_t pair, int64_t num_parts, int64_t head) {
+// The parts of one head, put together in order, in the place of the first of them.
+INLINE void merge(const AttentionTask& task, float* parts, int64_t pair, int64_t num_parts, int64_t head) {
     const int64_t heads = task.heads, dim = task.dim, size = heads * (dim + 2);
-    const float* parts = task.parts + pair * num_parts * size;
-    float* output = task.outputs + (pair * heads + head) * dim;
-    float most = -INFINITY, sum = 0.0f;
+    parts += pair * num_parts * size;
+    float *output = parts + head * dim, most = -INFINITY, sum = 0.0f;
     for (int64_t p = 0; p < num_parts; p++) {
         const float largest = parts[p * size + heads * dim + head];
         most = largest > most ? largest : most;
     }
-    for (int64_t d = 0; d < dim; d++) output[d] = 0.0f;
     for (int64_t p = 0; p < num_parts; p++) {
         const float* part = parts + p * size;
         const float factor = std::exp(part[heads * dim + head] - most);
         sum += factor * part[heads * (dim + 1) + head];
-        for (int64_t d = 0; d < dim; d++) output[d] += factor * part[head * dim + d];
+        for (int64_t d = 0; d < dim; d++) output[d] = (p ? output[d] : 0.0f) + factor * part[head * dim + d];
     }
-    for (int64_t d = 0; d < dim; d++) output[d] *= task.value_scale / sum;
-    task.log_sums[pair * heads + head] = most + std::log(sum);
+    uint16_t* to = task.outputs + (pair * heads + head) * dim;
+    for (int64_t d = 0; d < dim; d++) to[d] = to_bf16(output[d] * (task.value_scale / sum));
 }
 
+INLINE int64_t parts_of(const Piece& piece) { return (piece.columns + kPart - 1) / kPart; }
+
+// Part `number` of all parts of all pieces.
+INLINE Part find(const AttentionTask& task, int64_t pair, int64_t number) {
+    const Piece* piece = task.pieces;
+    while (number >= parts_of(*piece)) number -= parts_of(*piece++);
+    const int64_t start = number * kPart;
+    return {piece, pair / task.groups, pair % task.groups, start, at_most(start + kPart, piece->columns)};
+}
+
+// 0: done; 1: out of memory.
 template <Format kFormat>
-void attend(const AttentionTask& task) {
-    const int64_t num_parts = (task.columns + kPart - 1) / kPart, pairs = task.rows * task.groups;
-    const int64_t part_size = task.heads * (task.dim + 2);
-#pragma omp parallel num_threads(task.threads)
-    {
-        float* scratch = task.scratch + omp_get_thread_num() * scratch_size(task);
-#pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < pairs * num_parts; unit++) {
-            const int64_t pair = unit / num_parts;
-            float* result = task.parts + unit * part_size;
-            attend_part<kFormat>(task, pair / task.groups, pair % task.groups, unit % num_parts, result, scratch);
-        }
-#pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < pairs * task.heads; unit++) {
-            merge(task, unit / task.heads, num_parts, unit % task.heads);
-        }
+int32_t attend(const AttentionTask& task) {
+    int64_t num_parts = 0, columns = 0;
+    for (int64_t p = 0; p < task.num_pieces; p++) {
+        num_parts += parts_of(task.pieces[p]);
+        columns += task.pieces[p].columns;
     }
+    const int64_t pairs = task.rows * task.groups, part_size = task.heads * (task.dim + 2);
+    const int32_t threads = pairs * columns * task.dim < kAlone ? 1 : task.threads;
+    const int64_t of_thread = round_up(scratch_size(task), kLine);
+    float* parts = allocate<float>(pairs * num_parts * part_size + threads * of_thread + kLine);
+    if (!parts) return 1;
+    float* scratch = parts + round_up(pairs * num_parts * part_size, kLine);
+#pragma omp parallel num_threads(threads)
+    {
+        float* own = scratch + omp_get_thread_num() * of_thread;
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < pairs * num_parts; unit++)
+            attend_part<kFormat>(task, find(task, unit / num_parts, unit % num_parts), parts + unit * part_size, own);
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < pairs * task.heads; unit++)
+            merge(task, parts, unit / task.heads, num_parts, unit % task.heads);
+    }
+    std::free(parts);
+    return 0;
 }
 
 }  // namespace
 
-extern "C" void llama4_quant_attention(const AttentionTask* task) {
+extern "C" int32_t llama4_quant_attention(const AttentionTask* task) {
     switch (task->format) {
         case kBf16: return attend<kBf16>(*task);
         case kFp8: return attend<kFp8>(*task);
         default: return attend<kInt8>(*task);
     }
 }
-
-// What the caller allocates: floats of `parts` for one pair of row and group, and of `scratch` for one thread.
-extern "C" int64_t llama4_quant_attention_part_floats(const AttentionTask* task) {
-    return (task->columns + kPart - 1) / kPart * task->heads * (task->dim + 2);
-}
-
-extern "C" int64_t llama4_quant_attention_scratch_floats(const AttentionTask* task) { return scratch_size(*task); }
