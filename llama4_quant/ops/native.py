@@ -12,15 +12,18 @@ Shape letters: E experts, G groups, K in, N out, R rows of expert work, W words 
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from llama4_quant.ops.native_checks import is_per_row, why_not_dense, why_not_fp8, why_not_int4, why_not_int8
-from llama4_quant.ops.native_library import Format, Library, build
+from llama4_quant.ops.native_library import Format, Library, build, pack
 from llama4_quant.ops.native_program import built_or_reason, reason_of, required
+from llama4_quant.ops.native_tape import Tape
 from llama4_quant.ops.torch_cpu import spans
+from llama4_quant.ops.use import Operator
 
 __all__ = [
     "description",
@@ -33,6 +36,7 @@ __all__ = [
     "linear_int4",
     "linear_int8",
     "probe",
+    "record",
     "why_not_dense",
     "why_not_fp8",
     "why_not_int4",
@@ -46,6 +50,15 @@ THREADED_PRODUCTS = 1 << 20
 """Products of numbers under which one thread does all: waiting for others would take longer than the work, and much
 longer on a busy machine."""
 
+_FORMATS = {
+    Operator.LINEAR_DENSE: Format.BF16,
+    Operator.LINEAR_INT4: Format.INT4,
+    Operator.LINEAR_INT8: Format.INT8,
+    Operator.LINEAR_FP8: Format.FP8,
+    Operator.GROUPED_DENSE: Format.BF16,
+    Operator.GROUPED_INT4: Format.INT4,
+    Operator.GROUPED_FP8: Format.FP8,
+}
 _SCALE_TYPES = {torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -177,20 +190,65 @@ def _call(
     sizes: tuple[int, int, int, int],
 ) -> None:
     """Fill y; `sizes` are rows, experts, outputs, inputs. Decoding makes hundreds of calls a token: no detours."""
-    library = required(_library())
-    x = x.contiguous()
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    required(_library()).matmul(_task(format_, x, weight, scale, bias, counts=counts, y=y, sizes=sizes))
+
+
+def _task(
+    format_: Format,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    *,
+    counts: Tensor,
+    y: Tensor,
+    sizes: tuple[int, int, int, int],
+) -> bytes:
+    """Of contiguous x and bias."""
     scale_address, scale_stride, groups, scale_type, is_block = 0, 0, 0, 0, False
     if scale is not None:
         scale_address, groups, scale_type = scale.data_ptr(), scale.shape[-1], _SCALE_TYPES[scale.dtype]
         scale_stride = scale.stride(0) * scale.element_size()  # of one weight it is not used
         is_block = format_ is Format.FP8 and not is_per_row(weight, scale)
-    if bias is not None:
-        bias = bias.contiguous()
     num_rows, _, outputs, inputs = sizes
     is_small = num_rows * outputs * inputs < THREADED_PRODUCTS
     addresses = (x.data_ptr(), counts.data_ptr(), weight.data_ptr(), scale_address)
-    library.matmul(
+    return pack(
         (*addresses, 0 if bias is None else bias.data_ptr(), y.data_ptr()),
         (*sizes, weight.stride(0) * weight.element_size(), scale_stride, groups),
         (format_, scale_type, is_block, 1 if is_small else torch.get_num_threads()),
     )
+
+
+def record(
+    tape: Tape,
+    operator: Operator,
+    x_1K: Tensor,
+    stored: Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    rows_per_expert: Tensor | None = None,
+) -> Tensor:
+    """One row's product on a tape.
+
+    Args:
+        tape: to add to.
+        operator: linear, or grouped.
+        x_1K: a buffer of the tape.
+        stored: the weight's tensors in the operator's order: weight, then scale if there is one; contiguous.
+        bias: [N], or None.
+        rows_per_expert: int64 [E] for a grouped operator, a buffer too; one of them is 1, the others 0.
+
+    Returns:
+        [1, N], a buffer.
+    """
+    weight, scale = stored[0], stored[1] if len(stored) > 1 else None
+    outputs, inputs = weight.shape[-2], x_1K.shape[-1]
+    experts = 1 if rows_per_expert is None else weight.shape[0]
+    y = tape.buffer(1, outputs)
+    counts = _count(1) if rows_per_expert is None else rows_per_expert
+    sizes = (1, experts, outputs, inputs)
+    task = _task(_FORMATS[operator], x_1K, weight, scale, bias, counts=counts, y=y, sizes=sizes)
+    tape.call(required(_library()).function, task, [*stored, counts, bias])
+    return y

@@ -19,11 +19,11 @@ from torch import Tensor
 from llama4_quant.native import compile_and_load
 from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
 
-SOURCES = ("attention.cpp", "floats.h", "task.h")
+SOURCES = ("attention.cpp", "activations.h", "floats.h", "task.h")
 DIM_MULTIPLE = 16
-_FORMATS = {torch.bfloat16: 0, torch.float8_e4m3fn: 2, torch.int8: 3}
+FORMATS = {torch.bfloat16: 0, torch.float8_e4m3fn: 2, torch.int8: 3}
 """As `enum Format` in task.h."""
-READS = frozenset(_FORMATS)
+READS = frozenset(FORMATS)
 """What the kernel reads."""
 _TASK = struct.Struct("@4P6q2i2f")
 """`struct AttentionTask` of attention.cpp."""
@@ -36,8 +36,10 @@ class AttentionLibrary:
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self.attention = functions.llama4_quant_attention
-        self.attention.argtypes = (ctypes.c_char_p,)
-        self.attention.restype = ctypes.c_int32
+        self.store = functions.llama4_quant_cache_store
+        for function in (self.attention, self.store):
+            function.argtypes = (ctypes.c_char_p,)
+            function.restype = ctypes.c_int32
 
 
 def build(march: str = "native") -> AttentionLibrary:
@@ -69,6 +71,15 @@ def why_not(device: torch.device, dtype: torch.dtype, stored: torch.dtype, head_
 def probe() -> str | None:
     """Why there is no compiled kernel; None if there is one. Compiles it on first use."""
     return reason_of(_library())
+
+
+def library() -> AttentionLibrary:
+    """The kernels.
+
+    Raises:
+        RuntimeError: there are none; `probe` says why.
+    """
+    return required(_library())
 
 
 @functools.cache
@@ -128,7 +139,7 @@ def cache_attention(
         RuntimeError: there is no compiled kernel; `probe` says why.
         MemoryError: none for what a call needs beside its operands.
     """
-    library = required(_library())
+    kernels = library()
     _check_codes(q_BGRD, keys, values)
     _check_scales(keys, key_scales, value_scales)
     _check_bias(keys, bias)
@@ -144,7 +155,7 @@ def cache_attention(
         stored=keys[0].dtype,
         scales=(key_scale, value_scale),
     )
-    if library.attention(task):
+    if kernels.attention(task):
         raise MemoryError("no memory for the scratch space of attention")
     return output
 
@@ -181,7 +192,7 @@ def pack_task(
     sizes = (*q_BGRD.shape, num_pieces, 0 if bias is None else bias.stride(0))
     key_scale, value_scale = scales
     softmax_scale = key_scale / math.sqrt(q_BGRD.shape[-1])
-    return _TASK.pack(*addresses, *sizes, _FORMATS[stored], torch.get_num_threads(), softmax_scale, value_scale)
+    return _TASK.pack(*addresses, *sizes, FORMATS[stored], torch.get_num_threads(), softmax_scale, value_scale)
 
 
 def _check_codes(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:

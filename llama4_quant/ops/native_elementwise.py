@@ -1,6 +1,6 @@
 """What happens to activations between matrix products, in bf16 on processors, as compiled kernels.
 
-`RMS_NORM`, `ROTATE`, `SILU_MUL`: each is one pass over memory and one call, where torch makes ten of either. In
+`RMS_NORM`, `ROTATE`, `SILU_MUL`, and what a tape (native_tape.py) records of these, of sums and of scaling: each is one pass over memory and one call, where torch makes ten of either. In
 decoding it is the calls that count: after a product has streamed tens of megabytes through the caches, each of them
 starts cold. runtime/elementwise.py has what they compute in torch, which runs anywhere else.
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama4_quant.native import compile_and_load
 from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
+from llama4_quant.ops.native_tape import Tape
 
 SOURCES = ("elementwise.cpp", "floats.h", "task.h")
 _TASK = struct.Struct("@5P4qdi")
@@ -33,9 +34,11 @@ class ElementwiseLibrary:
         self.rms_norm = functions.llama4_quant_rms_norm
         self.rotate = functions.llama4_quant_rotate
         self.silu_mul = functions.llama4_quant_silu_mul
-        for function in (self.rms_norm, self.rotate, self.silu_mul):
+        self.add = functions.llama4_quant_add
+        self.multiply = functions.llama4_quant_multiply
+        for function in (self.rms_norm, self.rotate, self.silu_mul, self.add, self.multiply):
             function.argtypes = (ctypes.c_char_p,)
-            function.restype = None
+            function.restype = ctypes.c_int32
 
 
 def build(march: str = "native") -> ElementwiseLibrary:
@@ -80,9 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if not _is_plain(x) or (weight is not None and not (_is_plain(weight) and weight.shape == (size,))):
         raise ValueError(_refusal("x [..., H] and a weight [H]", x, weight))
     x, y = x.contiguous(), x.new_empty(x.shape)
-    weight = None if weight is None else weight.contiguous()
-    addresses = (x.data_ptr(), 0 if weight is None else weight.data_ptr(), 0, 0, y.data_ptr())
-    required(_library()).rms_norm(_TASK.pack(*addresses, x.numel() // max(size, 1), size, 1, 1, eps, _threads(x)))
+    required(_library()).rms_norm(_task(x, None if weight is None else weight.contiguous(), y, eps))
     return y
 
 
@@ -98,15 +99,13 @@ def rotate(x_BTXD: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, eps: float | None) 
     Returns:
         [B, T, X, D].
     """
-    batch, tokens, heads, dim = x_BTXD.shape
+    batch, tokens, _, dim = x_BTXD.shape
     fits = cos_BTP.shape in {(batch, tokens, dim // 2), (1, tokens, dim // 2)} and sin_BTP.shape == cos_BTP.shape
     if not _is_plain(x_BTXD) or not fits or dim % 2 or not cos_BTP.dtype == sin_BTP.dtype == torch.float32:
         raise ValueError(_refusal("x [B, T, X, D] and float32 cosines and sines [B or 1, T, D / 2]", x_BTXD, cos_BTP))
     x, cos, sin = x_BTXD.contiguous(), cos_BTP.contiguous(), sin_BTP.contiguous()
     y = x.new_empty(x.shape)
-    addresses = (x.data_ptr(), 0, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
-    sizes = (batch * tokens * heads, dim, max(heads, 1), max(cos.shape[0] * tokens, 1))
-    required(_library()).rotate(_TASK.pack(*addresses, *sizes, -1.0 if eps is None else eps, _threads(x)))
+    required(_library()).rotate(_rotation_task(x, cos, sin, y, eps))
     return y
 
 
@@ -115,10 +114,57 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     if not _is_plain(gate) or not _is_plain(up) or gate.shape != up.shape:
         raise ValueError(_refusal("two operands of one shape", gate, up))
     gate, up = gate.contiguous(), up.contiguous()
-    y, size = gate.new_empty(gate.shape), gate.shape[-1]
-    addresses = (gate.data_ptr(), up.data_ptr(), 0, 0, y.data_ptr())
-    required(_library()).silu_mul(_TASK.pack(*addresses, gate.numel() // max(size, 1), size, 1, 1, 0.0, _threads(gate)))
+    y = gate.new_empty(gate.shape)
+    required(_library()).silu_mul(_task(gate, up, y))
     return y
+
+
+def record_rms_norm(tape: Tape, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` on a tape; x is a buffer, and so is the result."""
+    y = tape.buffer(*x.shape)
+    tape.call(required(_library()).rms_norm, _task(x, weight, y, eps), [weight])
+    return y
+
+
+def record_rotate(tape: Tape, x_BTXD: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, eps: float | None) -> Tensor:
+    """`rotate` on a tape."""
+    y = tape.buffer(*x_BTXD.shape)
+    tape.call(required(_library()).rotate, _rotation_task(x_BTXD, cos_BTP, sin_BTP, y, eps), [cos_BTP, sin_BTP])
+    return y
+
+
+def record_silu_mul(tape: Tape, gate: Tensor, up: Tensor) -> Tensor:
+    """`silu_mul` on a tape."""
+    y = tape.buffer(*gate.shape)
+    tape.call(required(_library()).silu_mul, _task(gate, up, y))
+    return y
+
+
+def record_add(tape: Tape, x: Tensor, other: Tensor) -> None:
+    """`x += other` on a tape, rounded as torch rounds it."""
+    tape.call(required(_library()).add, _task(x, other, x))
+
+
+def record_multiply(tape: Tape, x: Tensor, factor: Tensor) -> Tensor:
+    """`x * factor`, rounded to bf16, on a tape; the factor is one float32, read when the tape runs."""
+    y, size = tape.buffer(*x.shape), x.shape[-1]
+    addresses = (x.data_ptr(), 0, factor.data_ptr(), 0, y.data_ptr())
+    task = _TASK.pack(*addresses, x.numel() // size, size, 1, 1, 0.0, _threads(x))
+    tape.call(required(_library()).multiply, task, [factor])
+    return y
+
+
+def _task(x: Tensor, other: Tensor | None, y: Tensor, eps: float = 0.0) -> bytes:
+    size = x.shape[-1]
+    addresses = (x.data_ptr(), 0 if other is None else other.data_ptr(), 0, 0, y.data_ptr())
+    return _TASK.pack(*addresses, x.numel() // max(size, 1), size, 1, 1, eps, _threads(x))
+
+
+def _rotation_task(x_BTXD: Tensor, cos: Tensor, sin: Tensor, y: Tensor, eps: float | None) -> bytes:
+    batch, tokens, heads, dim = x_BTXD.shape
+    addresses = (x_BTXD.data_ptr(), 0, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
+    sizes = (batch * tokens * heads, dim, max(heads, 1), max(cos.shape[0] * tokens, 1))
+    return _TASK.pack(*addresses, *sizes, -1.0 if eps is None else eps, _threads(x_BTXD))
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -49,27 +49,33 @@ class Library:
         self.compiler = compiler
         functions.llama4_quant_instructions.restype = ctypes.c_char_p
         self.instructions = str(functions.llama4_quant_instructions().decode())
-        self._matmul = functions.llama4_quant_matmul
-        self._matmul.argtypes = (ctypes.c_char_p,)
-        self._matmul.restype = ctypes.c_int32
+        self.function = functions.llama4_quant_matmul
+        self.function.argtypes = (ctypes.c_char_p,)
+        self.function.restype = ctypes.c_int32
 
-    def matmul(self, addresses: tuple[int, ...], sizes: tuple[int, ...], settings: tuple[int, ...]) -> None:
-        """Run a task, whose addresses and sizes are believed.
-
-        Args:
-            addresses: of x, counts, weight, scale, bias, y; 0 for none.
-            sizes: rows, experts, outputs, inputs; bytes from one expert to the next of weight and of scale; groups.
-            settings: format, type of the scale, whether it is of blocks, threads.
+    def matmul(self, task: bytes) -> None:
+        """Run what `pack` gave.
 
         Raises:
             MemoryError: no memory for the scratch space.
             ValueError: the experts' rows are not those of x.
         """
-        status = self._matmul(_TASK.pack(*addresses, *sizes, *settings))
+        status = self.function(task)
         if status == _STATUS_MEMORY:
             raise MemoryError("no memory for the scratch space of a matrix product")
         if status == _STATUS_ROWS:
-            raise ValueError(f"rows_per_expert does not sum to the {sizes[0]} rows of x, or has a negative number")
+            raise ValueError("rows_per_expert does not sum to the rows of x, or has a negative number")
+
+
+def pack(addresses: tuple[int, ...], sizes: tuple[int, ...], settings: tuple[int, ...]) -> bytes:
+    """A task, whose addresses and sizes are believed.
+
+    Args:
+        addresses: of x, counts, weight, scale, bias, y; 0 for none.
+        sizes: rows, experts, outputs, inputs; bytes from one expert to the next of weight and of scale; groups.
+        settings: format, type of the scale, whether it is of blocks, threads.
+    """
+    return _TASK.pack(*addresses, *sizes, *settings)
 
 
 def build(march: str = "native") -> Library:

@@ -11,7 +11,7 @@ Shape letters: B batch, D head dimension, G key-value heads, H query heads, S ke
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import chain
 
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from llama4_quant.config import TextConfig
-from llama4_quant.ops import native_attention
+from llama4_quant.ops import native_attention, native_elementwise
+from llama4_quant.ops.native_attention_tape import RecordedAttention
+from llama4_quant.ops.native_tape import NotRecordableError, Tape
 from llama4_quant.runtime import flex, partial
 from llama4_quant.runtime.cache import KeyValues, LayerCache
-from llama4_quant.runtime.cache_formats import CacheScales
+from llama4_quant.runtime.cache_formats import CacheScales, LayerFormat
 from llama4_quant.runtime.elementwise import HeadRotation
 from llama4_quant.runtime.linear import Builder
 from llama4_quant.runtime.rope import Rotation
@@ -63,6 +65,21 @@ class Step:
     temperature: Tensor | None
     chunked: Visible
     full: Visible
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedStep:
+    """What the layers of a step on a tape share.
+
+    Attributes:
+        rotation: buffers for the token's, [1, 1, P].
+        temperature: a buffer for its query scale, float32 [1]; None if the model has none.
+        attentions: of the layers recorded so far; each is to be pointed into the cache before a run.
+    """
+
+    rotation: Rotation
+    temperature: Tensor | None
+    attentions: list[RecordedAttention] = field(default_factory=list)
 
 
 def query_temperature(positions_BT: Tensor, floor_scale: int, attn_scale: float) -> Tensor:
@@ -217,6 +234,28 @@ class TextAttention(nn.Module):
         context = self.context(*projected, step, cache, self.cache_scales)
         y_BTH: Tensor = self.o_proj(context)
         return y_BTH
+
+    def record(self, tape: Tape, x_1H: Tensor, recorded: RecordedStep, cache: LayerFormat) -> Tensor:
+        """`forward` of one token on a tape, with a cache of this format.
+
+        Raises:
+            NotRecordableError: torch's operators run here.
+        """
+        if not self.is_native or cache.key.dtype not in native_attention.READS:
+            raise NotRecordableError(f"attention to a cache of {cache.key.dtype} runs in torch")
+        q, k, v = (
+            proj.record(tape, x_1H).view(1, 1, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.uses_rope:
+            q, k = (self.rotated.record(tape, x, recorded.rotation) for x in (q, k))
+        elif recorded.temperature is not None:
+            q = native_elementwise.record_multiply(tape, q, recorded.temperature)
+        k, v = k.view(1, -1, self.head_dim), v.view(1, -1, self.head_dim)
+        q_1GRD = q.view(1, k.shape[1], -1, self.head_dim)
+        scales = (cache.key.scale or 1.0, cache.value.scale or 1.0)
+        attention = RecordedAttention(tape, q_1GRD, k, v, stored=cache.key.dtype, scales=scales)
+        recorded.attentions.append(attention)
+        return self.o_proj.record(tape, attention.output.view(1, -1))
 
     def context(
         self, q: Tensor, k: Tensor, v: Tensor, step: Step, cache: LayerCache | None, scales: CacheScales | None = None

@@ -152,6 +152,14 @@ class LayerCache:
         if self._window is not None:
             self.first = max(self.first, stop - self._window)
 
+    def claim(self, column: int) -> tuple[Stored, Stored]:
+        """Room for the keys and values of one column, for a caller that fills it before anything else is read."""
+        self._make_room(column + 1)
+        [(_, block, place)] = self._places(column, column + 1)
+        if self._window is not None:
+            self.first = max(self.first, column + 1 - self._window)
+        return block.keys.part(place), block.values.part(place)
+
     def stored(self, start: int, stop: int) -> Iterator[tuple[int, Stored, Stored]]:
         """Columns [start, stop) as they are stored, in pieces, in order: the first column, keys, values.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llama4_quant.ops import native_elementwise
+from llama4_quant.ops.native_tape import NotRecordableError, Tape
 from llama4_quant.runtime.linear import Builder
 from llama4_quant.runtime.rope import Rotation
 
@@ -32,6 +33,15 @@ class Elementwise(nn.Module):
         """Choose for a device, where the activations are from now on; compiles on first use, for processors only."""
         self.is_native = self._allows_native and device.type == "cpu" and native_elementwise.probe() is None
 
+    def require_native(self) -> None:
+        """Before recording.
+
+        Raises:
+            NotRecordableError: torch's operators run here.
+        """
+        if not self.is_native:
+            raise NotRecordableError(f"{type(self).__name__} runs in torch")
+
 
 class RMSNorm(Elementwise):
     """Divide by the root mean square in fp32, round to the model's dtype, then multiply by the weight."""
@@ -46,6 +56,11 @@ class RMSNorm(Elementwise):
         if self.is_native:
             return native_elementwise.RMS_NORM(x, self.weight, self.eps)
         return _normalized(x, self.eps) * self.weight
+
+    def record(self, tape: Tape, x_1H: Tensor) -> Tensor:
+        """`forward` of one token on a tape."""
+        self.require_native()
+        return native_elementwise.record_rms_norm(tape, x_1H, self.weight, self.eps)
 
 
 class HeadRotation(Elementwise):
@@ -62,6 +77,11 @@ class HeadRotation(Elementwise):
         x_BTXD = rotation.apply(x_BTXD)
         return x_BTXD if self.eps is None else _normalized(x_BTXD, self.eps)
 
+    def record(self, tape: Tape, x_11XD: Tensor, rotation: Rotation) -> Tensor:
+        """`forward` of one token on a tape, with what `rotation` holds when it runs."""
+        self.require_native()
+        return native_elementwise.record_rotate(tape, x_11XD, rotation.cos, rotation.sin, self.eps)
+
 
 class Gate(Elementwise):
     """`silu(gate) * up`."""
@@ -71,6 +91,11 @@ class Gate(Elementwise):
         if self.is_native:
             return native_elementwise.SILU_MUL(gate, up)
         return functional.silu(gate) * up
+
+    def record(self, tape: Tape, gate_1I: Tensor, up_1I: Tensor) -> Tensor:
+        """`forward` of one token on a tape."""
+        self.require_native()
+        return native_elementwise.record_silu_mul(tape, gate_1I, up_1I)
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:

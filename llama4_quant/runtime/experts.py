@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llama4_quant.config import TextConfig
+from llama4_quant.ops import native_elementwise, native_tape
+from llama4_quant.ops.native_tape import NotRecordableError, Tape
 from llama4_quant.runtime.elementwise import Gate
 from llama4_quant.runtime.linear import Builder, WeightStorage
 from llama4_quant.runtime.offload import OffloadedExperts
@@ -88,6 +90,11 @@ class MLP(nn.Module):
         y: Tensor = self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
         return y
 
+    def record(self, tape: Tape, x_1H: Tensor) -> Tensor:
+        """`forward` of one token on a tape."""
+        gate_1I, up_1I = self.gate_proj.record(tape, x_1H), self.up_proj.record(tape, x_1H)
+        return self.down_proj.record(tape, self.gated.record(tape, gate_1I, up_1I))
+
 
 class RoutedExperts(nn.Module):
     """The same SwiGLU for every routed expert, on rows sorted by expert."""
@@ -105,6 +112,11 @@ class RoutedExperts(nn.Module):
         inner_RI = self.gated(self.gate_proj(x_RH, rows_per_expert), self.up_proj(x_RH, rows_per_expert))
         y_RH: Tensor = self.down_proj(inner_RI, rows_per_expert)
         return y_RH
+
+    def record(self, tape: Tape, x_1H: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """`forward` of one row on a tape."""
+        gate_1I, up_1I = (proj.record(tape, x_1H, rows_per_expert) for proj in (self.gate_proj, self.up_proj))
+        return self.down_proj.record(tape, self.gated.record(tape, gate_1I, up_1I), rows_per_expert)
 
 
 class MixtureOfExperts(nn.Module):
@@ -125,6 +137,19 @@ class MixtureOfExperts(nn.Module):
         y_TH: Tensor = self.shared_expert(x_TH) + self._routed(x_TH)
         return y_TH.view(x.shape)
 
+    def record(self, tape: Tape, x_1H: Tensor) -> Tensor:
+        """`forward` of one token on a tape.
+
+        Raises:
+            NotRecordableError: a token has several experts, or they are in the file.
+        """
+        if self.experts_per_token != 1 or not isinstance(self.experts, RoutedExperts):
+            raise NotRecordableError("only a single expert for each token, in memory, can be recorded")
+        shared_1H = self.shared_expert.record(tape, x_1H)
+        rows_per_expert, scored_1H = native_tape.record_route(tape, self.router.record(tape, x_1H), x_1H)
+        native_elementwise.record_add(tape, shared_1H, self.experts.record(tape, scored_1H, rows_per_expert))
+        return shared_1H
+
     def _routed(self, x_TH: Tensor) -> Tensor:
         experts_R, scores_R = self._route(x_TH)
         rows_per_expert = _count(experts_R, self.num_experts)
@@ -141,7 +166,10 @@ class MixtureOfExperts(nn.Module):
     def _route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Expert and score of each of a token's k rows: row t*k + i is token t's i-th choice."""
         logits_TE: Tensor = self.router(x_TH)
-        top_Tk, experts_Tk = logits_TE.topk(self.experts_per_token, dim=-1)
+        if self.experts_per_token == 1:  # of equal logits the first, on every device: `topk` promises nothing
+            top_Tk, experts_Tk = logits_TE.max(dim=-1, keepdim=True)
+        else:
+            top_Tk, experts_Tk = logits_TE.topk(self.experts_per_token, dim=-1)
         # The sigmoid is taken in fp32, then rounded: a bf16 sigmoid would lose digits of the score.
         scores_Tk = top_Tk.float().sigmoid().to(logits_TE.dtype)
         return experts_Tk.flatten(), scores_Tk.flatten()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from llama4_quant import ops
 from llama4_quant.errors import SchemeError
+from llama4_quant.ops import native
+from llama4_quant.ops.native_tape import NotRecordableError, Tape
 from llama4_quant.scheme import SchemeLookup, WeightScheme, WeightType
 
 
@@ -101,6 +103,22 @@ class WeightStorage(nn.Module):
         """The tensors of this weight, or views of one expert's part of them, by their names on disk."""
         tensors = {name: self.get_parameter(name).detach() for name in self.stored_names}
         return tensors if expert is None else {name: tensor[expert] for name, tensor in tensors.items()}
+
+    def record(self, tape: Tape, x_1K: Tensor, rows_per_expert: Tensor | None = None) -> Tensor:
+        """`forward` of one token on a tape: [1, K] -> [1, N], buffers of the tape.
+
+        Args:
+            tape: to add to.
+            x_1K: input.
+            rows_per_expert: of a stack.
+
+        Raises:
+            NotRecordableError: another backend runs this weight.
+        """
+        if self.choice.kernel is not ops.Kernel.NATIVE:
+            raise NotRecordableError(f"{self._use.label} runs on {self.choice.kernel}")
+        stored, bias = tuple(self.stored().values()), getattr(self, "bias", None)
+        return native.record(tape, self._use.operator, x_1K, stored, bias=bias, rows_per_expert=rows_per_expert)
 
 
 class Linear(WeightStorage):

@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llama4_quant.config import TextConfig
+from llama4_quant.ops import native_elementwise
+from llama4_quant.ops.native_tape import Tape
 from llama4_quant.runtime import flex
-from llama4_quant.runtime.attention import Attention, Step, TextAttention, Visible, query_temperature
+from llama4_quant.runtime.attention import Attention, RecordedStep, Step, TextAttention, Visible, query_temperature
 from llama4_quant.runtime.cache import KVCache, LayerCache
+from llama4_quant.runtime.cache_formats import LayerFormat
 from llama4_quant.runtime.elementwise import RMSNorm
 from llama4_quant.runtime.experts import MLP, MixtureOfExperts
 from llama4_quant.runtime.linear import Builder
 from llama4_quant.runtime.rope import TextRotary
+from llama4_quant.runtime.token_step import TokenStep
 from llama4_quant.runtime.visibility import plan_segments
 
 
@@ -57,6 +61,18 @@ class DecoderLayer(nn.Module):
         y_BTH: Tensor = x_BTH + self.feed_forward(self.post_attention_layernorm(x_BTH))
         return y_BTH
 
+    def record(self, tape: Tape, x_1H: Tensor, recorded: RecordedStep, cache: LayerFormat) -> None:
+        """`forward` of one token on a tape: changes x.
+
+        Raises:
+            NotRecordableError: a part runs in torch.
+        """
+        attended_1H = self.self_attn.record(tape, self.input_layernorm.record(tape, x_1H), recorded, cache)
+        native_elementwise.record_add(tape, x_1H, attended_1H)
+        assert isinstance(self.feed_forward, MixtureOfExperts | MLP)
+        y_1H = self.feed_forward.record(tape, self.post_attention_layernorm.record(tape, x_1H))
+        native_elementwise.record_add(tape, x_1H, y_1H)
+
 
 class TextModel(nn.Module):
     """Embedding table, decoder layers, last norm."""
@@ -73,6 +89,7 @@ class TextModel(nn.Module):
         )
         self.norm = RMSNorm(builder, config.hidden_size, config.rms_norm_eps)
         self.rotary = TextRotary(config)
+        self._token_step = TokenStep()
 
     def forward(self, x_BTH: Tensor, padding: Sequence[int], cache: KVCache | None) -> Tensor:
         """Run the layers over T new tokens.
@@ -95,6 +112,10 @@ class TextModel(nn.Module):
             device=x_BTH.device,
             attention=self.attention,
         )
+        if cache is not None and not torch.compiler.is_compiling():
+            y = self._token_step.run(self, x_BTH, step, cache)
+            if y is not None:
+                return y
         for index, layer in enumerate(self.layers):
             x_BTH = layer(x_BTH, step, None if cache is None else cache.layers[index])
         y_BTH: Tensor = self.norm(x_BTH)

@@ -6,11 +6,12 @@
 // Columns are also split into parts of a fixed size, which threads share, and which are put together in order: results do
 // not depend on the number of threads.
 
+#include <omp.h>
+
 #include <cmath>
 #include <utility>
 
-#include <omp.h>
-
+#include "activations.h"
 #include "floats.h"
 
 // Fields as in native_attention.py. Consecutive columns that lie together; strides of codes are in bytes, others in elements.
@@ -22,6 +23,21 @@ struct Piece {
     int64_t columns, first;        // first: of the bias
     int64_t row_stride, group_stride;              // of keys and of values
     int64_t scale_row_stride, scale_group_stride;  // of both scales
+};
+
+// One token's keys and values, into a cache: as `CacheFormat.encode` of runtime/cache_formats.py has it, bit for bit.
+struct StoreTask {
+    const uint16_t* keys;    // bf16 [groups, dim]
+    const uint16_t* values;  // likewise
+    uint8_t* key_codes;      // of the first group
+    uint8_t* value_codes;
+    uint16_t* key_scales;  // bf16, or null
+    uint16_t* value_scales;
+    int64_t groups, dim;
+    int64_t group_stride;        // bytes from one group's codes to the next's
+    int64_t scale_group_stride;  // elements
+    int32_t format;
+    float key_scale, value_scale;  // where tokens have none of their own
 };
 
 struct AttentionTask {
@@ -245,7 +261,66 @@ int32_t attend(const AttentionTask& task) {
     return 0;
 }
 
+// ---- Storing ----
+
+INLINE uint8_t e4m3_code(float value) {  // to nearest, ties to even; magnitude at most 448, or NaN
+    const float nearest = nearest_e4m3(value);
+    const uint32_t sign = bits<uint32_t>(value) >> 24 & 0x80, magnitude = bits<uint32_t>(nearest) & 0x7FFFFFFF;
+    if (magnitude > 0x7F800000) return (uint8_t)(sign | 0x7F);
+    if (magnitude < 0x3C800000) return (uint8_t)(sign | (uint32_t)(bits<float>(magnitude) * 512.0f));  // below 2^-6
+    return (uint8_t)(sign | ((magnitude >> 20) - (120 << 3)));
+}
+
+INLINE float clamped(float value, float limit) { return value > limit ? limit : value < -limit ? -limit : value; }
+
+template <Format kFormat>
+INLINE uint8_t code_of(float multiple) {
+    if (kFormat == kFp8) return e4m3_code(clamped(multiple, kFp8Max));
+    return (uint8_t)(int8_t)std::nearbyint(clamped(multiple, 127.0f));
+}
+
+// One head's numbers; a scale of its own is written where there is room for one.
+template <Format kFormat>
+INLINE void store_head(const uint16_t* x, int64_t dim, float scale, uint16_t* own_scale, uint8_t* codes) {
+    if (kFormat == kBf16) {
+        std::memcpy(codes, x, 2 * dim);
+        return;
+    }
+    if (!own_scale) {  // torch divides in bf16
+        for (int64_t d = 0; d < dim; d++) codes[d] = code_of<kFormat>(round_bf16(from_bf16(x[d]) / scale));
+        return;
+    }
+    float most = 0.0f;
+    for (int64_t d = 0; d < dim; d++) {
+        const float magnitude = std::fabs(from_bf16(x[d]));
+        most = magnitude > most || magnitude != magnitude ? magnitude : most;
+    }
+    *own_scale = to_bf16(most / (kFormat == kFp8 ? kFp8Max : 127.0f));
+    const float divisor = *own_scale ? from_bf16(*own_scale) : 1.0f;
+    for (int64_t d = 0; d < dim; d++) codes[d] = code_of<kFormat>(from_bf16(x[d]) / divisor);
+}
+
+template <Format kFormat>
+int32_t store_token(const StoreTask& task) {
+    for (int64_t group = 0; group < task.groups; group++) {
+        const int64_t x = group * task.dim, codes = group * task.group_stride, scale = group * task.scale_group_stride;
+        uint16_t* key_scale = task.key_scales ? task.key_scales + scale : nullptr;
+        uint16_t* value_scale = task.value_scales ? task.value_scales + scale : nullptr;
+        store_head<kFormat>(task.keys + x, task.dim, task.key_scale, key_scale, task.key_codes + codes);
+        store_head<kFormat>(task.values + x, task.dim, task.value_scale, value_scale, task.value_codes + codes);
+    }
+    return 0;
+}
+
 }  // namespace
+
+extern "C" int32_t llama4_quant_cache_store(const StoreTask* task) {
+    switch (task->format) {
+        case kBf16: return store_token<kBf16>(*task);
+        case kFp8: return store_token<kFp8>(*task);
+        default: return store_token<kInt8>(*task);
+    }
+}
 
 extern "C" int32_t llama4_quant_attention(const AttentionTask* task) {
     switch (task->format) {

@@ -1,5 +1,5 @@
-// What happens to activations between matrix products: norms, rotations, gates. bf16 in and out, float32 between, and
-// one pass over memory where torch makes one for every addition and conversion.
+// What happens to activations between matrix products: norms, rotations, gates, sums. bf16 in and out, float32 between,
+// and one pass over memory where torch makes one for every addition and conversion.
 //
 // Every intermediate result that torch would round to bf16 is rounded here too, and sums are not contracted into fused
 // multiplications, so results are those of torch but for the order of a sum and the last bits of an exponential. Rows are
@@ -12,10 +12,10 @@
 // Fields as in native_elementwise.py.
 struct ElementwiseTask {
     const uint16_t* x;      // [rows, size]
-    const uint16_t* other;  // rms_norm: weight [size], or null; silu_mul: [rows, size]
-    const float* cosines;   // rotate: [positions, size / 2]
+    const uint16_t* other;  // rms_norm: weight [size], or null; silu_mul, add: [rows, size]
+    const float* cosines;   // rotate: [positions, size / 2]; multiply: one factor
     const float* sines;
-    uint16_t* y;  // [rows, size]
+    uint16_t* y;  // [rows, size]; add: may be x or other
     int64_t rows, size;
     int64_t heads, positions;  // rotate: row r has position (r / heads) % positions
     double eps;                // rotate: negative for no norm
@@ -114,12 +114,23 @@ INLINE void silu_mul_row(const ElementwiseTask& task, int64_t row, float* piece)
     }
 }
 
+INLINE void add_row(const ElementwiseTask& task, int64_t row, float*) {
+    for (int64_t i = row * task.size; i < (row + 1) * task.size; i++)
+        task.y[i] = to_bf16(from_bf16(task.x[i]) + from_bf16(task.other[i]));
+}
+
+INLINE void multiply_row(const ElementwiseTask& task, int64_t row, float*) {
+    for (int64_t i = row * task.size; i < (row + 1) * task.size; i++)
+        task.y[i] = to_bf16(from_bf16(task.x[i]) * task.cosines[0]);
+}
+
+// Always 0: done.
 template <void (*kRow)(const ElementwiseTask&, int64_t, float*)>
-INLINE void for_rows(const ElementwiseTask& task) {
+INLINE int32_t for_rows(const ElementwiseTask& task) {
     if (task.threads == 1) {
         float piece[kPiece];
         for (int64_t row = 0; row < task.rows; row++) kRow(task, row, piece);
-        return;
+        return 0;
     }
 #pragma omp parallel num_threads(task.threads)
     {
@@ -127,10 +138,13 @@ INLINE void for_rows(const ElementwiseTask& task) {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < task.rows; row++) kRow(task, row, piece);
     }
+    return 0;
 }
 
 }  // namespace
 
-extern "C" void llama4_quant_rms_norm(const ElementwiseTask* task) { for_rows<rms_norm_row>(*task); }
-extern "C" void llama4_quant_rotate(const ElementwiseTask* task) { for_rows<rotate_row>(*task); }
-extern "C" void llama4_quant_silu_mul(const ElementwiseTask* task) { for_rows<silu_mul_row>(*task); }
+extern "C" int32_t llama4_quant_rms_norm(const ElementwiseTask* task) { return for_rows<rms_norm_row>(*task); }
+extern "C" int32_t llama4_quant_rotate(const ElementwiseTask* task) { return for_rows<rotate_row>(*task); }
+extern "C" int32_t llama4_quant_silu_mul(const ElementwiseTask* task) { return for_rows<silu_mul_row>(*task); }
+extern "C" int32_t llama4_quant_add(const ElementwiseTask* task) { return for_rows<add_row>(*task); }
+extern "C" int32_t llama4_quant_multiply(const ElementwiseTask* task) { return for_rows<multiply_row>(*task); }
