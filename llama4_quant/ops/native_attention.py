@@ -11,7 +11,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,63 @@ _TASK = struct.Struct("@4P6q2i2f")
 """`struct AttentionTask` of attention.cpp."""
 _PIECE = struct.Struct("@4P6q")
 """`struct Piece`."""
+PIECE_BYTES = _PIECE.size
+_SCALE_BYTES = 2
+
+
+class Piece(NamedTuple):
+    """Consecutive columns of a cache that lie together; values lie as keys do.
+
+    Attributes:
+        keys: address of the codes of the first column in the first group of the first row.
+        values: likewise.
+        key_scales: address of the first scale; 0 where tokens have none of their own.
+        value_scales: likewise.
+        columns: how many.
+        row_stride: bytes of codes from row to row.
+        group_stride: bytes of codes from group to group.
+        scale_row_stride: elements.
+        scale_group_stride: elements.
+    """
+
+    keys: int
+    values: int
+    key_scales: int
+    value_scales: int
+    columns: int
+    row_stride: int
+    group_stride: int
+    scale_row_stride: int
+    scale_group_stride: int
+
+    @classmethod
+    def of(
+        cls, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, start: int, stop: int
+    ) -> "Piece":
+        """Columns [start, stop) of keys and values [B, G, S, D] and of scales [B, G, S, 1]."""
+        size = keys.element_size()
+        skipped = start * keys.stride(2) * size
+        key_scale_address = value_scale_address = scale_row_stride = scale_group_stride = 0
+        if key_scales is not None and value_scales is not None:
+            key_scale_address = key_scales.data_ptr() + start * _SCALE_BYTES
+            value_scale_address = value_scales.data_ptr() + start * _SCALE_BYTES
+            scale_row_stride, scale_group_stride = key_scales.stride(0), key_scales.stride(1)
+        return cls(
+            keys=keys.data_ptr() + skipped,
+            values=values.data_ptr() + skipped,
+            key_scales=key_scale_address,
+            value_scales=value_scale_address,
+            columns=stop - start,
+            row_stride=keys.stride(0) * size,
+            group_stride=keys.stride(1) * size,
+            scale_row_stride=scale_row_stride,
+            scale_group_stride=scale_group_stride,
+        )
+
+    def addresses_at(self, column: int, column_bytes: int) -> tuple[int, int, int, int]:
+        """The first four attributes of what begins with a later column."""
+        codes, scales = column * column_bytes, column * _SCALE_BYTES if self.key_scales else 0
+        return self.keys + codes, self.values + codes, self.key_scales + scales, self.value_scales + scales
 
 
 class AttentionLibrary:
@@ -145,7 +202,10 @@ def cache_attention(
     _check_bias(keys, bias)
     q_BGRD = q_BGRD.contiguous()
     output = torch.empty_like(q_BGRD)
-    pieces = pack_pieces(keys, values, key_scales, value_scales)
+    all_scales = zip(key_scales, value_scales, strict=True) if key_scales else [(None, None)] * len(keys)
+    pieces = pack_pieces(
+        [Piece.of(k, v, *own, 0, k.shape[2]) for k, v, own in zip(keys, values, all_scales, strict=True)]
+    )
     buffer = ctypes.create_string_buffer(pieces, len(pieces))
     task = pack_task(
         q_BGRD,
@@ -160,20 +220,12 @@ def cache_attention(
     return output
 
 
-def pack_pieces(
-    keys: Sequence[Tensor], values: Sequence[Tensor], key_scales: Sequence[Tensor], value_scales: Sequence[Tensor]
-) -> bytes:
-    """`struct Piece` of each piece."""
+def pack_pieces(pieces: Sequence[Piece]) -> bytes:
+    """`struct Piece` of each."""
     packed, first = [], 0
-    for number, (k, v) in enumerate(zip(keys, values, strict=True)):
-        addresses, scale_strides = (0, 0), (0, 0)
-        if key_scales:
-            scales = key_scales[number]
-            addresses = (scales.data_ptr(), value_scales[number].data_ptr())
-            scale_strides = (scales.stride(0), scales.stride(1))
-        strides = (k.stride(0) * k.element_size(), k.stride(1) * k.element_size(), *scale_strides)
-        packed.append(_PIECE.pack(k.data_ptr(), v.data_ptr(), *addresses, k.shape[2], first, *strides))
-        first += k.shape[2]
+    for piece in pieces:
+        packed.append(_PIECE.pack(*piece[:5], first, *piece[5:]))
+        first += piece.columns
     return b"".join(packed)
 
 

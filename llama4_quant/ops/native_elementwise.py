@@ -1,8 +1,9 @@
 """What happens to activations between matrix products, in bf16 on processors, as compiled kernels.
 
-`RMS_NORM`, `ROTATE`, `SILU_MUL`, and what a tape (native_tape.py) records of these, of sums and of scaling: each is one pass over memory and one call, where torch makes ten of either. In
-decoding it is the calls that count: after a product has streamed tens of megabytes through the caches, each of them
-starts cold. runtime/elementwise.py has what they compute in torch, which runs anywhere else.
+`RMS_NORM`, `ROTATE`, `SILU_MUL`, and on a tape (native_tape.py) sums and scaling too: each is one pass over memory and
+one call, where torch makes ten of either. In decoding it is the calls that count: after a product has streamed tens of
+megabytes through the caches, each of them starts cold. runtime/elementwise.py has what they compute in torch, which
+runs anywhere else.
 
 Shape letters: B batch, D head dimension, P = D/2 pairs, T tokens, X heads; `...` leading dimensions.
 """
@@ -82,8 +83,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     size = x.shape[-1]
     if not _is_plain(x) or (weight is not None and not (_is_plain(weight) and weight.shape == (size,))):
         raise ValueError(_refusal("x [..., H] and a weight [H]", x, weight))
-    x, y = x.contiguous(), x.new_empty(x.shape)
-    required(_library()).rms_norm(_task(x, None if weight is None else weight.contiguous(), y, eps))
+    x, weight, y = x.contiguous(), None if weight is None else weight.contiguous(), x.new_empty(x.shape)
+    required(_library()).rms_norm(_task(x, weight, y, eps))
     return y
 
 
@@ -155,6 +156,7 @@ def record_multiply(tape: Tape, x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _task(x: Tensor, other: Tensor | None, y: Tensor, eps: float = 0.0) -> bytes:
+    """Has addresses: the caller keeps the operands."""
     size = x.shape[-1]
     addresses = (x.data_ptr(), 0 if other is None else other.data_ptr(), 0, 0, y.data_ptr())
     return _TASK.pack(*addresses, x.numel() // max(size, 1), size, 1, 1, eps, _threads(x))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llama4_quant.config import TextConfig
 from llama4_quant.errors import UsageError
+from llama4_quant.ops.native_attention import Piece
 from llama4_quant.runtime.cache_formats import CacheDtype, CacheScales, LayerFormat, Stored
 
 _GROWTH = 256
@@ -84,6 +85,11 @@ class Block:
     stop: int
     keys: Stored
     values: Stored
+
+    def piece(self, places: slice) -> Piece:
+        """Some of its columns, as a kernel takes them; `places` count from `start`."""
+        keys, values = self.keys, self.values
+        return Piece.of(keys.codes, values.codes, keys.scales, values.scales, places.start, places.stop)
 
 
 class LayerCache:
@@ -152,13 +158,11 @@ class LayerCache:
         if self._window is not None:
             self.first = max(self.first, stop - self._window)
 
-    def claim(self, column: int) -> tuple[Stored, Stored]:
-        """Room for the keys and values of one column, for a caller that fills it before anything else is read."""
+    def claim(self, column: int) -> None:
+        """Make room for one column, for a caller that fills its place before anything is read."""
         self._make_room(column + 1)
-        [(_, block, place)] = self._places(column, column + 1)
         if self._window is not None:
             self.first = max(self.first, column + 1 - self._window)
-        return block.keys.part(place), block.values.part(place)
 
     def stored(self, start: int, stop: int) -> Iterator[tuple[int, Stored, Stored]]:
         """Columns [start, stop) as they are stored, in pieces, in order: the first column, keys, values.
@@ -166,13 +170,25 @@ class LayerCache:
         Raises:
             UsageError: some are no longer there, because a step failed half-way through the layers.
         """
+        self._check_kept(start)
+        for column, block, places in self._places(start, stop):
+            yield column, block.keys.part(places), block.values.part(places)
+
+    def pieces(self, start: int, stop: int) -> list[Piece]:
+        """Columns [start, stop) as a kernel takes them, in order.
+
+        Raises:
+            UsageError: as of `stored`.
+        """
+        self._check_kept(start)
+        return [block.piece(places) for _, block, places in self._places(start, stop)]
+
+    def _check_kept(self, start: int) -> None:
         if start < self.first:
             raise UsageError(
                 f"the cache holds columns from {self.first} on, and column {start} is needed: an earlier call failed "
                 "after it had replaced them; compute the sequence again in a new cache"
             )
-        for column, block, places in self._places(start, stop):
-            yield column, block.keys.part(places), block.values.part(places)
 
     def read(
         self, start: int, stop: int, dtype: torch.dtype, *, rows: slice = slice(None), max_columns: int

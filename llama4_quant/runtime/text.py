@@ -102,6 +102,10 @@ class TextModel(nn.Module):
         Returns:
             Normalized hidden states [B, T, H].
         """
+        if cache is not None and not torch.compiler.is_compiling():
+            y = self._token_step.run(self, x_BTH, padding, cache)
+            if y is not None:
+                return y
         past = 0 if cache is None else cache.length
         step = make_step(
             self.config,
@@ -112,14 +116,22 @@ class TextModel(nn.Module):
             device=x_BTH.device,
             attention=self.attention,
         )
-        if cache is not None and not torch.compiler.is_compiling():
-            y = self._token_step.run(self, x_BTH, step, cache)
-            if y is not None:
-                return y
         for index, layer in enumerate(self.layers):
             x_BTH = layer(x_BTH, step, None if cache is None else cache.layers[index])
         y_BTH: Tensor = self.norm(x_BTH)
         return y_BTH
+
+    def record(self, tape: Tape, x_1H: Tensor, recorded: RecordedStep, formats: Sequence[LayerFormat]) -> Tensor:
+        """`forward` of one token on a tape, with a cache whose layers have these formats; changes x.
+
+        Raises:
+            NotRecordableError: a part runs in torch.
+        """
+        for layer, layer_format in zip(self.layers, formats, strict=True):
+            assert isinstance(layer, DecoderLayer)
+            tape.reuse_buffers()
+            layer.record(tape, x_1H, recorded, layer_format)
+        return self.norm.record(tape, x_1H)
 
 
 def make_step(

@@ -10,14 +10,16 @@ Shape letters: B batch, H hidden, P pairs of a head's features, T new tokens.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llama4_quant.ops.native_tape import NotRecordableError, Tape, probe
-from llama4_quant.runtime.attention import RecordedStep, Step
+from llama4_quant.runtime.attention import RecordedStep, query_temperature
+from llama4_quant.runtime.cache import first_visible_column
 from llama4_quant.runtime.rope import Rotation
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from llama4_quant.runtime.text import TextModel
 
 Formats = tuple["LayerFormat", ...]
+_POSITIONS = 256
 
 
 class TokenStep:
@@ -39,8 +42,8 @@ class TokenStep:
     def __reduce__(self) -> tuple[type[TokenStep], tuple[()]]:
         return TokenStep, ()
 
-    def run(self, model: TextModel, x_BTH: Tensor, step: Step, cache: KVCache) -> Tensor | None:
-        """`TextModel.forward` behind `make_step`, or None where the layers are to run one by one."""
+    def run(self, model: TextModel, x_BTH: Tensor, padding: Sequence[int], cache: KVCache) -> Tensor | None:
+        """`TextModel.forward`, or None where the layers are to run one by one."""
         is_one = x_BTH.shape[:2] == (1, 1) and x_BTH.dtype is torch.bfloat16 and x_BTH.device.type == "cpu"
         if not is_one or type(x_BTH) is not Tensor or (x_BTH.requires_grad and torch.is_grad_enabled()):
             return None
@@ -48,7 +51,7 @@ class TokenStep:
             return None
         try:
             recording = self._current(model, tuple(layer.format for layer in cache.layers))
-            return None if recording is None else recording.run(x_BTH, step, cache)
+            return None if recording is None else recording.run(x_BTH, padding[0], cache)
         finally:
             self._lock.release()
 
@@ -95,52 +98,59 @@ def _addresses(module: nn.Module) -> list[int]:
     return [p.data_ptr() for p in module._parameters.values() if p is not None]  # noqa: SLF001
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Recording:
-    """A tape with its inputs and its result.
+    """A tape with its inputs and its result, and what depends on position for the tokens near the last one."""
 
-    Attributes:
-        x_1H: the token's embedding; the residual stream while the tape runs.
-        step: buffers for what the layers share.
-        uses_rope: of each layer.
-        y_1H: normalized hidden state.
-    """
+    def __init__(self, model: TextModel, formats: Formats) -> None:
+        """Record.
 
-    tape: Tape
-    x_1H: Tensor
-    step: RecordedStep
-    uses_rope: tuple[bool, ...]
-    y_1H: Tensor
+        Raises:
+            NotRecordableError: a part runs in torch.
+        """
+        config = model.config
+        self._rotary, self._floor_scale, self._attn_scale = model.rotary, config.floor_scale, config.attn_scale
+        self._chunk_sizes = tuple(config.attention_chunk_size if rope else None for rope in config.rope_layers)
+        self._tape, self._x_1H = Tape(), torch.zeros(1, config.hidden_size, dtype=torch.bfloat16)
+        angles = torch.zeros(1, 1, config.head_dim // 2)
+        temperature = torch.zeros(1) if config.attn_temperature_tuning else None
+        self._step = RecordedStep(rotation=Rotation(cos=angles, sin=angles.clone()), temperature=temperature)
+        self._y_1H = model.record(self._tape, self._x_1H, self._step, formats)
+        self._first_position: int | None = None
 
-    def run(self, x_11H: Tensor, step: Step, cache: KVCache) -> Tensor:
+    def run(self, x_11H: Tensor, padding: int, cache: KVCache) -> Tensor:
         """[1, 1, H] -> [1, 1, H]; the layers' caches have the token then."""
-        self.x_1H.copy_(x_11H[0])
-        self.step.rotation.cos.copy_(step.rotation.cos)
-        self.step.rotation.sin.copy_(step.rotation.sin)
-        if self.step.temperature is not None and step.temperature is not None:
-            self.step.temperature.copy_(step.temperature.view(1))
-        for attention, layer, uses_rope in zip(self.step.attentions, cache.layers, self.uses_rope, strict=True):
-            visible: Any = step.chunked if uses_rope else step.full  # segments: flex is not recorded
-            key_slot, value_slot = layer.claim(step.past)
-            attention.point(key_slot, value_slot, list(layer.stored(visible[0].key_start, step.past + 1)))
-        self.tape.run()
-        return self.y_1H.unsqueeze(0).clone()
+        column = cache.length
+        self._x_1H.copy_(x_11H[0])
+        self._place(max(0, column - padding))
+        layers = zip(self._step.attentions, cache.layers, self._chunk_sizes, strict=True)
+        for attention, layer, chunk_size in layers:
+            layer.claim(column)
+            start = min(first_visible_column(padding, column, chunk_size), column)
+            attention.point(layer.pieces(start, column + 1))
+        self._tape.run()
+        return self._y_1H.unsqueeze(0).clone()
+
+    def _place(self, position: int) -> None:
+        """Fill the buffers that depend on position; computed for some positions at a time, since each call costs."""
+        first = position // _POSITIONS * _POSITIONS
+        if first != self._first_position:
+            positions_1T = torch.arange(first, first + _POSITIONS).unsqueeze(0)
+            self._rotations: Rotation = self._rotary(positions_1T)
+            self._temperatures = query_temperature(positions_1T, self._floor_scale, self._attn_scale).flatten()
+            self._first_position = first
+        index = position - first
+        self._step.rotation.cos[0, 0] = self._rotations.cos[0, index]
+        self._step.rotation.sin[0, 0] = self._rotations.sin[0, index]
+        if self._step.temperature is not None:
+            self._step.temperature[0] = self._temperatures[index]
 
 
 def _record(model: TextModel, formats: Formats) -> _Recording | None:
     """None where a part cannot be recorded."""
     if probe() is not None:
         return None
-    config = model.config
-    with torch.inference_mode(mode=False), torch.no_grad():  # or buffers could not be written outside of it
-        tape, x_1H = Tape(), torch.zeros(1, config.hidden_size, dtype=torch.bfloat16)
-        rotation = Rotation(cos=torch.zeros(1, 1, config.head_dim // 2), sin=torch.zeros(1, 1, config.head_dim // 2))
-        step = RecordedStep(rotation=rotation, temperature=torch.zeros(1) if config.attn_temperature_tuning else None)
-        try:
-            for layer, layer_format in zip(model.layers, formats, strict=True):
-                tape.reuse_buffers()
-                layer.record(tape, x_1H, step, layer_format)
-            y_1H = model.norm.record(tape, x_1H)
-        except NotRecordableError:
-            return None
-    return _Recording(tape=tape, x_1H=x_1H, step=step, uses_rope=tuple(config.rope_layers), y_1H=y_1H)
+    try:
+        with torch.inference_mode(mode=False), torch.no_grad():  # or buffers could not be written outside of it
+            return _Recording(model, formats)
+    except NotRecordableError:
+        return None
