@@ -45,6 +45,8 @@ __all__ = [
 
 DENSE_ROWS = 4
 """Rows from which torch's own bf16 product is the quicker one: its weights need no unpacking."""
+DENSE_ROWS_IN_TILES = 1024
+"""The same where there is a matrix unit."""
 
 THREADED_PRODUCTS = 1 << 20
 """Products of numbers under which one thread does all: waiting for others would take longer than the work, and much
@@ -81,7 +83,7 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         RuntimeError: there are no compiled kernels; `probe` says why.
     """
     _require(why_not_dense(x, weight, bias), dims=weight.dim() == 2)
-    if x.numel() >= DENSE_ROWS * x.shape[-1]:
+    if x.numel() >= _dense_rows() * x.shape[-1]:
         return functional.linear(x, weight, bias)
     return _linear(Format.BF16, x, weight, None, bias)
 
@@ -116,7 +118,7 @@ def grouped_dense(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor) -> 
         [R, N].
     """
     _require(why_not_dense(x_RK, weight_ENK), dims=weight_ENK.dim() == 3)
-    if x_RK.shape[0] >= DENSE_ROWS:
+    if x_RK.shape[0] >= _dense_rows():
         y_RN = x_RK.new_empty(x_RK.shape[0], weight_ENK.shape[1])
         for expert, rows in spans(rows_per_expert):
             y_RN[rows] = linear_dense(x_RK[rows], weight_ENK[expert])
@@ -145,6 +147,10 @@ def grouped_int8(x_RK: Tensor, rows_per_expert: Tensor, weight_ENK: Tensor, scal
 @functools.cache
 def _library() -> Library | str:
     return built_or_reason(build)
+
+
+def _dense_rows() -> int:
+    return DENSE_ROWS_IN_TILES if required(_library()).has_tiles else DENSE_ROWS
 
 
 def _require(reason: str | None, *, dims: bool) -> None:
@@ -191,7 +197,8 @@ def _call(
 ) -> None:
     """Fill y; `sizes` are rows, experts, outputs, inputs. Decoding makes hundreds of calls a token: no detours."""
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    required(_library()).matmul(_task(format_, x, weight, scale, bias, counts=counts, y=y, sizes=sizes))
+    task = _task(format_, x, weight, scale, bias, counts=counts, y=y, sizes=sizes)
+    required(_library()).matmul(task, sizes[0])
 
 
 def _task(

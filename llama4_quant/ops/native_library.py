@@ -42,6 +42,7 @@ class Library:
         path: where it lies.
         compiler: what compiled it: the first line of its --version.
         instructions: which of its variants runs on this machine.
+        has_tiles: many rows go through a matrix unit.
     """
 
     def __init__(self, path: Path, compiler: str, functions: ctypes.CDLL) -> None:
@@ -49,12 +50,13 @@ class Library:
         self.compiler = compiler
         functions.llama4_quant_instructions.restype = ctypes.c_char_p
         self.instructions = str(functions.llama4_quant_instructions().decode())
+        self.has_tiles = "AMX" in self.instructions
         self.function = functions.llama4_quant_matmul
         self.function.argtypes = (ctypes.c_char_p,)
         self.function.restype = ctypes.c_int32
 
-    def matmul(self, task: bytes) -> None:
-        """Run what `pack` gave.
+    def matmul(self, task: bytes, num_rows: int) -> None:
+        """Run what `pack` gave for so many rows.
 
         Raises:
             MemoryError: no memory for the scratch space.
@@ -64,7 +66,7 @@ class Library:
         if status == _STATUS_MEMORY:
             raise MemoryError("no memory for the scratch space of a matrix product")
         if status == _STATUS_ROWS:
-            raise ValueError("rows_per_expert does not sum to the rows of x, or has a negative number")
+            raise ValueError(f"rows_per_expert does not sum to the {num_rows} rows of x, or has a negative number")
 
 
 def pack(addresses: tuple[int, ...], sizes: tuple[int, ...], settings: tuple[int, ...]) -> bytes:

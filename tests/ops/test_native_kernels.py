@@ -20,7 +20,8 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Of a variant that then runs; bf16 with many rows too, where torch's product is used otherwise."""
     library = variant(request.param)
     monkeypatch.setattr(native, "_library", lambda: library)
-    monkeypatch.setattr(native, "DENSE_ROWS", 10**9)
+    for limit in ("DENSE_ROWS", "DENSE_ROWS_IN_TILES"):
+        monkeypatch.setattr(native, limit, 10**9)
     return library.instructions
 
 

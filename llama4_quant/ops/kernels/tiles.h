@@ -3,8 +3,8 @@
 //
 // A panel of weights, 32 outputs by a few tiles of inputs, is unpacked into the first cache and used at once for all
 // rows. Meanwhile, a few outputs after each product of tiles, the next panel is unpacked and a later one is fetched, so
-// that the matrix unit, the vector units and memory work at the same time. Sums of up to 32 rows stay in the matrix
-// unit; those of more rows lie in a cache. Where activations do not stay in the second cache, the same of their inputs
+// that the matrix unit, the vector units and memory work at the same time. Sums of 32 rows stay in the matrix unit as
+// long as they can; those of more rows lie in a cache, and are taken in turn there and back. Where activations do not stay in the second cache, the same of their inputs
 // are used for as many panels of outputs as have sums of 512 KiB.
 
 #pragma once
@@ -18,7 +18,8 @@ namespace tiles {
 
 constexpr int64_t kOutputs = 2 * kSide;         // of a panel
 constexpr int64_t kRows = 2 * kSide;            // at a time
-constexpr int64_t kFewDepth = 4;                // tiles of inputs of a panel; this with up to 32 rows
+constexpr int64_t kFewRows = 2 * kRows;
+constexpr int64_t kFewDepth = 4;                // tiles of inputs of a panel; this with few rows
 constexpr int64_t kManyDepth = kSlice;
 constexpr int64_t kPanel = kManyDepth * kPair;  // bytes
 constexpr int64_t kSums = 4 * kTile;            // bytes of sums of 32 outputs with 32 rows
@@ -207,44 +208,46 @@ INLINE void finish(const Task& task, const Rows& rows, int64_t expert, Range out
     }
 }
 
-// Adds products of a panel to the sums of all rows, and fills the next panel; with the last inputs come results. Sums of up
-// to 32 rows stay in the unit.
-template <int64_t kDepth, bool kStay, class Filler>
+// Adds products of a panel to the sums of all rows, and fills the next panel; with the last inputs come results. Where the
+// same outputs come next, in the other direction, sums of the rows at the turn stay in the unit.
+template <int64_t kDepth, bool kOneGroup, class Filler>
 INLINE void run_panel(const Task& task, const Rows& rows, int64_t expert, const Panel& panel, const uint8_t* weights,
-                      uint8_t* sums, Filler& next) {
-    // Of the next panel, after each product with the first rows, of which there are two groups if sums do not stay.
-    constexpr int64_t kShare = kOutputs / kDepth / (kStay ? 1 : 2);
-    const int64_t count = panel.inputs.last - panel.inputs.first;
+                      uint8_t* sums, Filler& next, bool is_backward, bool turns) {
+    // Of the next panel, after each product with the rows of the first group, or of the first two.
+    constexpr int64_t kShare = kOutputs / kDepth / (kOneGroup ? 1 : 2);
+    const int64_t count = panel.inputs.last - panel.inputs.first, groups = (rows.count + kRows - 1) / kRows;
     const bool is_last = panel.inputs.last == num_tiles(task), fills = count == kDepth && next.is_full();
     asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
-    for (int64_t row = 0; row < rows.count; row += kRows, sums += kSums) {
+    for (int64_t i = 0; i < groups; i++) {
+        const int64_t group = is_backward ? groups - 1 - i : i, row = group * kRows;
         const uint8_t* x = rows.x + packed_at(row / kSide, (rows.count + kSide - 1) / kSide, panel.inputs.first);
-        const bool two = row + kSide < rows.count, some = fills && row < (kStay ? 1 : 2) * kRows;
+        const bool two = row + kSide < rows.count, some = fills && i < (kOneGroup ? 1 : 2);
         if (panel.inputs.first == 0) zero_sums();
-        else if (!kStay) load_sums(sums);
+        else if (i > 0 || !turns) load_sums(sums + group * kSums);
         if (two && some) multiply<true, kShare>(weights, x, count, next);
         else if (two) multiply<true, 0>(weights, x, count, next);
         else if (some) multiply<false, kShare>(weights, x, count, next);
         else multiply<false, 0>(weights, x, count, next);
-        if (!kStay || is_last) store_sums(sums);
-        if (is_last) finish(task, rows, expert, panel.outputs, row, sums);
+        if (is_last || i < groups - 1 || !turns) store_sums(sums + group * kSums);
+        if (is_last) finish(task, rows, expert, panel.outputs, row, sums + group * kSums);
     }
     if (!fills && next.outputs > 0) next.fill_all();
 }
 
 // One expert's rows with some outputs.
-template <class Weights, int64_t kDepth, bool kStay>
+template <class Weights, int64_t kDepth, bool kOneGroup>
 void run_panels(const Task& task, const Rows& rows, int64_t expert, Range all, uint8_t* memory) {
     const int64_t groups = (rows.count + kRows - 1) / kRows;
-    const bool is_kept = groups * 2 * rows.x_bytes <= kKept;
-    const int64_t width = kStay || is_kept ? kOutputs : (groups < kSumsAtOnce ? kSumsAtOnce / groups : 1) * kOutputs;
+    const bool is_kept = kOneGroup || groups * 2 * rows.x_bytes <= kKept;
+    const int64_t width = is_kept ? kOutputs : (groups < kSumsAtOnce ? kSumsAtOnce / groups : 1) * kOutputs;
+    const bool turns = width == kOutputs;
     const Sequence sequence = {all, width, kDepth, num_tiles(task)};
     uint8_t* sums = memory + 2 * kPanel;
     Filler<Weights, kDepth> filler(task, expert);
     int64_t turn = 0;
     const auto start = [&](const Panel& panel) __attribute__((always_inline)) {
         // With one panel of outputs at a time what comes next would be too near.
-        const Panel next = width == kOutputs ? sequence.at(panel.outputs.last, panel.inputs.first) : sequence.next(panel);
+        const Panel next = turns ? sequence.at(panel.outputs.last, panel.inputs.first) : sequence.next(panel);
         filler.start(panel, next, memory + turn * kDepth * kPair);
         turn ^= 1;
     };
@@ -255,7 +258,8 @@ void run_panels(const Task& task, const Rows& rows, int64_t expert, Range all, u
         const Panel next = sequence.next(panel);
         const int64_t place = (panel.outputs.first - all.first) % width / kOutputs * groups;
         start(next);
-        run_panel<kDepth, kStay>(task, rows, expert, panel, memory + turn * kDepth * kPair, sums + place * kSums, filler);
+        run_panel<kDepth, kOneGroup>(task, rows, expert, panel, memory + turn * kDepth * kPair, sums + place * kSums,
+                                     filler, turn && turns, turns);
         panel = next;
     }
 }
@@ -263,6 +267,7 @@ void run_panels(const Task& task, const Rows& rows, int64_t expert, Range all, u
 template <class Weights>
 INLINE void run_rows_of(const Task& task, const Rows& rows, int64_t expert, Range outputs, uint8_t* memory) {
     if (rows.count <= kRows) return run_panels<Weights, kFewDepth, true>(task, rows, expert, outputs, memory);
+    if (rows.count <= kFewRows) return run_panels<Weights, kFewDepth, false>(task, rows, expert, outputs, memory);
     run_panels<Weights, kManyDepth, false>(task, rows, expert, outputs, memory);
 }
 
