@@ -13,7 +13,8 @@ from llama4_quant.architecture import Llama4Config, Role, linear_specs
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.tensor_files import TensorFiles
 from llama4_quant.errors import CheckpointError, UsageError
-from llama4_quant.runtime.expert_store import CachedExperts, MappedExperts
+from llama4_quant.runtime.expert_cache import CachedExperts
+from llama4_quant.runtime.expert_store import MappedExperts
 from llama4_quant.runtime.expert_tensors import Expert, ExpertPart, fused_parts, num_bytes, stored_parts
 from llama4_quant.stored import quantized_weights
 
@@ -99,7 +100,7 @@ def test_cached_experts_are_the_stored_ones_in_any_order(
         assert len(store._slots) <= min(num_slots, len(parts))
     assert store.counts.num_used == 100
     if num_slots >= len(parts):
-        assert store.counts.num_bytes_read <= sum(part.num_bytes for of in parts.values() for part in of)
+        assert store.counts.num_bytes_copied <= sum(part.num_bytes for of in parts.values() for part in of)
     store.close()
 
 
@@ -109,11 +110,11 @@ def test_what_was_used_last_is_kept(int4: Path) -> None:
     store = CachedExperts(parts, files, 2 * max(map(num_bytes, parts.values())))
     for expert in (first, second, first, third):  # `second` goes
         store.get(expert)
-    before = store.counts.num_at_hand
+    before = store.counts.num_hits
     store.get(first)
-    assert store.counts.num_at_hand == before + 1
+    assert store.counts.num_hits == before + 1
     store.get(second)
-    assert store.counts.num_at_hand == before + 1
+    assert store.counts.num_hits == before + 1
     store.close()
 
 
@@ -136,7 +137,7 @@ def test_the_next_expert_is_read_while_another_is_used(int4: Path) -> None:
     check(store.get(second), expected(int4)[second])
     assert names
     assert all(name.startswith("experts") for name in names)
-    assert store.counts.num_at_hand == 1
+    assert store.counts.num_hits == 1
     store.close()
 
 
