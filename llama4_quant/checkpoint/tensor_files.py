@@ -80,13 +80,6 @@ class TensorFiles:
         """Have the kernel read a tensor into its cache, without waiting for it."""
         read_ahead(self._descriptors[entry.path], entry.start, entry.nbytes)
 
-    def unmap(self, entry: TensorEntry) -> None:
-        """Take a tensor's pages out of this process's memory; what `view` gave reads them again when it is used."""
-        mapped = self._maps.get(entry.path)
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-            start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_DONTNEED, start, entry.start + entry.nbytes - start)
-
     def _map(self, entry: TensorEntry) -> mmap.mmap:
         if entry.path not in self._maps:
             descriptor = self._descriptors[entry.path]

@@ -60,7 +60,8 @@ class CachedExperts:
     """Experts in memory of a given size.
 
     What is not in it and not popular enough to get in is used as pages of the file, where it is stored as kernels take
-    it: copying it would take longer than to work with it. Otherwise everything passes through the cache's memory.
+    it: copying it would take longer than to work with it. Such pages are the kernel's, which takes them back when it
+    needs room. Otherwise everything passes through the cache's memory.
 
     Attributes:
         num_slots: experts that it holds.
@@ -114,12 +115,12 @@ class CachedExperts:
 
     def get(self, expert: Expert) -> ExpertWeights:
         """See `ExpertStore`."""
-        self._let_go()
         self.counts.num_used += 1
         self._in_use = expert
         self._wanted.discard(expert)
         slot = self._slots.get(expert) or self._start(expert)
         if slot is None:
+            self._announce(expert)  # a fault reads little at a time, and waits for it
             self._announced.discard(expert)
             self.counts.num_bytes_mapped += self._file_bytes(expert)
             return map_parts(self._parts[expert], self._files)
@@ -137,11 +138,10 @@ class CachedExperts:
         self._wanted.update(experts)
         missing = filter(self._is_missing, experts)
         for expert, _ in zip(missing, range(READ_AHEAD), strict=False):
-            if expert in self._slots or expert in self._announced or self._start(expert) is not None or not self._maps:
+            if expert in self._slots or expert in self._announced:
                 continue
-            self._announced.add(expert)
-            for part in self._parts[expert]:
-                self._files.will_need(part.entry)
+            if self._start(expert) is None and self._maps:
+                self._announce(expert)
 
     def close(self) -> None:
         """See `ExpertStore`."""
@@ -154,13 +154,6 @@ class CachedExperts:
         slot = self._slots.get(expert)
         return slot is None or slot.is_new
 
-    def _let_go(self) -> None:
-        """Unmap the expert that has worked, unless it is in the cache: a budget is what it says."""
-        if self._maps and self._in_use is not None and self._in_use not in self._slots:
-            for part in self._parts[self._in_use]:
-                self._files.unmap(part.entry)
-        self._in_use = None
-
     def _start(self, expert: Expert) -> _Slot | None:
         """Begin to read an expert into memory; None if there is none for it."""
         memory = self._memory(expert)
@@ -170,6 +163,13 @@ class CachedExperts:
         weights = self._reader.submit(read_parts, self._parts[expert], self._files, memory)
         slot = self._slots[expert] = _Slot(memory=memory, weights=weights)
         return slot
+
+    def _announce(self, expert: Expert) -> None:
+        """Have the kernel read the pages of an expert, once."""
+        if expert not in self._announced:
+            self._announced.add(expert)
+            for part in self._parts[expert]:
+                self._files.will_need(part.entry)
 
     def _file_bytes(self, expert: Expert) -> int:
         return sum(part.num_bytes for part in self._parts[expert])

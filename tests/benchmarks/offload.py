@@ -10,8 +10,7 @@ the command fails otherwise. Tokens are random, so every expert is as likely as 
 better.
 
 "from disk" is the same with experts kept out of the page cache, so that what is not in the expert cache is read from
-the disk, as of a model larger than memory; without that, it is used or copied from the page cache. The mapped row stays
-in memory.
+the disk, as of a model larger than memory; without that, from the page cache.
 
 Behind the speeds of a cache: of the experts that were asked for, how many it had ("hits"), and how many MB a token
 took from the file. These bytes over the rate of the disk, which the command measures, are the least that misses take
@@ -161,7 +160,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     counts = "".join(f"{name:>12}" for name in ("prefill", *sizes))
     print(f"{'':54}{'':10}peak  {'':8}hits, MB per token")
     print(f"{'tokens per second':30}{f'prefill {options.prompt}':>9}{decode}{'GB':>8}  logits{counts}", flush=True)
-    ways: list[tuple[str, dict[str, Any], bool]] = [(IN_MEMORY, {}, False), (MAPPED, {"offload": "experts"}, False)]
+    ways: list[tuple[str, dict[str, Any], bool]] = [(IN_MEMORY, {}, False)]
+    ways += [(MAPPED, {"offload": "experts"}, evicted) for evicted in (False, True)]
     for share in options.shares:
         settings = {"offload": "experts", "expert_cache": int(total * share)}
         ways += [(f"cache of {share:.0%}", settings, evicted) for evicted in (False, True)]

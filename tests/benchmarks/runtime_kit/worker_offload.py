@@ -1,9 +1,11 @@
 """One row with experts in the file: `python -m runtime_kit.worker_offload JOB.json RESULT.json`.
 
-If the job says "evict", the checkpoint lies on the disk, not in the page cache: before a layer's experts work, those of
-all layers but this and the next are asked out of it. Pages that the process has mapped stay.
+If the job says "evict", experts lie on the disk, not in the page cache: before a layer's experts work, those of the
+layer before, which have worked, are unmapped and asked out of it.
 """
 
+import ctypes
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,21 +62,37 @@ class Counted(Ours):
         return counts.num_used, counts.num_hits, counts.num_bytes_copied + counts.num_bytes_mapped
 
 
-def keep_on_disk(model: Llama4Model, path: str) -> None:
-    """Before a layer's experts work, ask those of layers far away out of the page cache."""
+def keep_on_disk(model: Llama4Model, path: Path) -> None:
+    """Before a layer's experts work, drop those of the layer before, which have worked."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, OffloadedExperts)]
-    with CheckpointReader.open(Path(path)) as reader:
+    with CheckpointReader.open(path) as reader:
         entries = list(reader.tensors.values())
     files = {entry.path: os.open(entry.path, os.O_RDONLY) for entry in entries}
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
-    def evict(far: Sequence[TensorEntry]) -> None:
-        for entry in far:
+    def evict(done: Sequence[TensorEntry]) -> None:
+        for address, size, offset, file in mapped_files():
+            for entry in done:
+                first = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+                if str(entry.path) == file and offset <= first < offset + size:  # or the kernel would keep the pages
+                    advise(address + first - offset, entry.start + entry.nbytes - first, mmap.MADV_DONTNEED)
+        for entry in done:
             os.posix_fadvise(files[entry.path], entry.start, entry.nbytes, os.POSIX_FADV_DONTNEED)
 
     for number, (_, module) in enumerate(layers):
-        far_names = tuple(f"{name}." for name, _ in layers[:number] + layers[number + 2 :])
-        far = [entry for entry in entries if any(name in entry.name for name in far_names)]
-        module.register_forward_pre_hook(lambda *_, far=far: evict(far))
+        name = f"{layers[number - 1][0]}."
+        done = [entry for entry in entries if name in entry.name]
+        module.register_forward_pre_hook(lambda *_, done=done: evict(done))
+
+
+def mapped_files() -> Iterator[tuple[int, int, int, str]]:
+    """Address, size, offset in the file, and path of every mapping of a file into this process."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        addresses, _, offset, *_, name = line.split(maxsplit=5)
+        if name.endswith(".safetensors"):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            yield start, end - start, int(offset, 16), name
 
 
 def main() -> None:
@@ -82,7 +100,7 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     model = load(job["model"], **job["load"])
     if job["evict"]:
-        keep_on_disk(model, job["model"])
+        keep_on_disk(model, Path(job["model"]))
     engine = Counted(model, job["capacity"])
     found = measure(engine, job)
     kernels = [str(kernel) for kernel in model.kernels()]
