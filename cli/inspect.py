@@ -13,7 +13,9 @@ from llama4_quant.inspect import Inspection, inspect
 @click.command("inspect", short_help="Show what a checkpoint holds.")
 @click.argument("source", metavar="SRC")
 @click.option("--weights", is_flag=True, help="List every weight instead of a summary by role.")
-@click.option("--kernels", is_flag=True, help="Also show what would run the weights on this machine's processor.")
+@click.option(
+    "--kernels", is_flag=True, help="Also show what would run weights and other work on this machine's processor."
+)
 @click.option("--context", type=int, metavar="TOKENS", help="Also show what the KV cache of so many tokens takes.")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @json_option
@@ -63,3 +65,8 @@ def _show_kernels(found: Inspection) -> None:
         reasons = "\n".join(f"{backend}: {reason}" for backend, reason in kernel.rejected)
         kernels.add_row(kernel.operator, kernel.kernel, reasons, count(kernel.count))
     console().print(kernels)
+    others = table("Other work of the text model, likewise", "work", "kernel", "why not", "modules", left=3)
+    for other in found.other_kernels:
+        reasons = "\n".join(f"{backend}: {reason}" for backend, reason in other.rejected)
+        others.add_row(other.work, other.kernel, reasons, count(other.count))
+    console().print(others)

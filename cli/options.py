@@ -217,7 +217,7 @@ def device_options() -> Decorator:
         click.option(
             "--expert-cache",
             metavar="SIZE",
-            help="Memory for the most recently used offloaded experts, like 8GiB. [default: the page cache decides]",
+            help="Memory for the most used offloaded experts, like 8GiB. [default: the page cache decides]",
         ),
     ]
     return chain(options)

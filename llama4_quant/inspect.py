@@ -4,14 +4,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.source import open_headers
 from llama4_quant.config import Llama4Config, TextConfig, VisionConfig
 from llama4_quant.errors import UsageError
-from llama4_quant.ops import KernelCount
+from llama4_quant.ops import Kernel, KernelCount, native_attention, native_elementwise
 from llama4_quant.planning.make import make_plan
+from llama4_quant.runtime.attention import TextAttention
 from llama4_quant.runtime.cache import cache_bytes
 from llama4_quant.runtime.cache_formats import CacheDtype
+from llama4_quant.runtime.elementwise import Gate, RMSNorm
 from llama4_quant.runtime.model import Llama4Model
 from llama4_quant.stored import cache_scale_names, quantization_section, quantized_weights
 
@@ -40,12 +44,30 @@ class RoleCount:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WorkKernel:
+    """What runs work that is no product with a weight.
+
+    Attributes:
+        work: what, with the dtype of the cache where that decides.
+        kernel: NATIVE, or TORCH for what torch brings.
+        rejected: what would be faster, with why it does not run.
+        count: modules that do it.
+    """
+
+    work: str
+    kernel: Kernel
+    rejected: tuple[tuple[Kernel, str], ...]
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
     """A checkpoint's content.
 
     Attributes:
         facts: (name, value) pairs about the architecture.
         kernels: which backend would run how many weights, if that was asked.
+        other_kernels: likewise, what would run the rest of the text model.
     """
 
     source: str
@@ -56,6 +78,7 @@ class Inspection:
     num_bytes: int
     num_files: int
     kernels: tuple[KernelCount, ...] = ()
+    other_kernels: tuple[WorkKernel, ...] = ()
 
 
 def inspect(
@@ -65,8 +88,8 @@ def inspect(
 
     Args:
         source: a local directory, or a Hub id.
-        kernels: also say which backend would run its weights on this machine's processor in bfloat16. The first time
-            that compiles the native kernels.
+        kernels: also say which backend would run its weights, and the work between them, on this machine's processor
+            in bfloat16. The first time that compiles the native kernels.
         context: also say what the KV cache of so many tokens takes, by how it is kept.
         revision: branch, tag or commit of a Hub id.
 
@@ -78,6 +101,7 @@ def inspect(
     with open_headers(str(source), revision) as reader:
         config = Llama4Config.from_dict(reader.config)
         weights = tuple(_weights(config, reader))
+        model = _model(config, reader) if kernels else None
         return Inspection(
             source=str(source),
             facts=(*_facts(config), *([] if context is None else _cache_facts(config, reader, context))),
@@ -86,7 +110,8 @@ def inspect(
             num_weights=sum(weight.num_weights for weight in weights),
             num_bytes=sum(weight.num_bytes for weight in weights),
             num_files=len({entry.path for entry in reader.tensors.values()}),
-            kernels=_kernels(config, reader) if kernels else (),
+            kernels=() if model is None else model.kernels("cpu"),
+            other_kernels=() if model is None else tuple(_other_kernels(model)),
         )
 
 
@@ -116,11 +141,33 @@ def _weights(config: Llama4Config, reader: CheckpointReader) -> Iterable[Inspect
         )
 
 
-def _kernels(config: Llama4Config, reader: CheckpointReader) -> tuple[KernelCount, ...]:
+def _model(config: Llama4Config, reader: CheckpointReader) -> Llama4Model:
+    """Without storage."""
     is_quantized = quantization_section(config) is not None
     stored = quantized_weights(config, reader.tensors) if is_quantized else ()
     schemes = {weight.name: weight.scheme for weight in stored}
-    return Llama4Model(config, scheme_of=schemes.get).kernels("cpu")
+    return Llama4Model(config, scheme_of=schemes.get)
+
+
+def _other_kernels(model: Llama4Model) -> Iterable[WorkKernel]:
+    """As `Elementwise.choose`, `TextAttention.choose` and `attend` decide."""
+    attentions = [module for module in model.modules() if isinstance(module, TextAttention)]
+    for kind, codes in ((CacheDtype.BF16, None), (CacheDtype.FP8, torch.float8_e4m3fn), (CacheDtype.INT8, torch.int8)):
+        head_dim, place = model.config.text.head_dim, torch.device("cpu")
+        reason: str | None = "no faster than torch's"
+        if codes is not None:
+            reason = native_attention.why_not(place, torch.bfloat16, codes, head_dim)
+        yield _work(f"attention of one token, {kind} cache", reason, len(attentions))
+    yield _work("attention of several tokens", "there is none; torch's is fused", len(attentions))
+    reason = native_elementwise.probe()
+    yield _work("norm", reason, sum(isinstance(module, RMSNorm) for module in model.modules()))
+    yield _work("rotation", reason, sum(attention.uses_rope for attention in attentions))
+    yield _work("gate", reason, sum(isinstance(module, Gate) for module in model.modules()))
+
+
+def _work(work: str, why_not_native: str | None, count: int) -> WorkKernel:
+    rejected = () if why_not_native is None else ((Kernel.NATIVE, why_not_native),)
+    return WorkKernel(work=work, kernel=Kernel.TORCH if rejected else Kernel.NATIVE, rejected=rejected, count=count)
 
 
 def _count(weights: Iterable[InspectedWeight]) -> tuple[RoleCount, ...]:

@@ -7,7 +7,7 @@ is what was checked. Reads take exactly the bytes they are asked for and, unlike
 import mmap
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -79,12 +79,6 @@ class TensorFiles:
     def will_need(self, entry: TensorEntry) -> None:
         """Have the kernel read a tensor into its cache, without waiting for it."""
         read_ahead(self._descriptors[entry.path], entry.start, entry.nbytes)
-
-    def give_up(self, entry: TensorEntry) -> None:
-        """Tell the kernel that it need not keep a tensor in its cache."""
-        if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # advice: a file system may not know it
-                os.posix_fadvise(self._descriptors[entry.path], entry.start, entry.nbytes, os.POSIX_FADV_DONTNEED)
 
     def _map(self, entry: TensorEntry) -> mmap.mmap:
         if entry.path not in self._maps:

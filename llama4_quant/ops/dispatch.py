@@ -37,6 +37,10 @@ class Choice:
     call: Function
     rejected: tuple[tuple[Kernel, str], ...] = ()
 
+    def __reduce__(self) -> tuple[Callable[..., "Choice"], tuple[object, ...]]:
+        """Pickle as names: torch's operators cannot be pickled."""
+        return _unpickled, (self.use, self.kernel, self.rejected)
+
     @property
     def repacks(self) -> bool:
         """`call` takes a weight only once it went through `repack_int4`."""
@@ -46,6 +50,10 @@ class Choice:
     def stored_call(self) -> Function:
         """What runs on the stored bytes: `call`, or the reference where `call` repacks."""
         return overload(self.use.operator, Kernel.REFERENCE) if self.repacks else self.call
+
+
+def _unpickled(use: Use, kernel: Kernel, rejected: tuple[tuple[Kernel, str], ...]) -> Choice:
+    return Choice(use=use, kernel=kernel, call=overload(use.operator, kernel), rejected=rejected)
 
 
 def choose(kernel: Kernel | str, use: Use) -> Choice:

@@ -4,20 +4,17 @@ A token takes one expert of a layer, so of all experts a few are at work at a ti
 
 - **mapped**: weights are the file's own pages. What is used stays in the kernel's page cache as long as there is room;
   nothing is copied, and the memory counts as cache, not as the process's.
-- **cached**: the most recently used experts, within a number of bytes that is given, in the process's own memory.
+- **cached** (expert_cache.py): the most used experts, within a number of bytes that is given, in the process's own
+  memory.
 
-Both can be told what comes next: while one expert works, the next one is read.
+Both are told what a layer wants, and what comes next: while one expert works, others are read.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from llama4_quant.architecture import LinearSpec
 from llama4_quant.checkpoint.layout import parse_size
@@ -25,37 +22,33 @@ from llama4_quant.checkpoint.meta import MetaReader
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.tensor_files import TensorFiles
 from llama4_quant.errors import UsageError
+from llama4_quant.runtime.expert_cache import READ_AHEAD, CachedExperts
 from llama4_quant.runtime.expert_tensors import (
     Expert,
     ExpertPart,
     ExpertWeights,
     fused_parts,
     map_parts,
-    num_bytes,
-    read_parts,
     stored_parts,
 )
 from llama4_quant.stored import StoredWeight
 from llama4_quant.work import machine_memory
 
 
-@dataclass(kw_only=True, slots=True)
-class StoreCounts:
-    """What a store has done.
-
-    Attributes:
-        num_used: times that an expert was asked for.
-        num_at_hand: of these, how often it was in memory, or being read since `prefetch`.
-        num_bytes_read: from the file.
-    """
-
-    num_used: int = 0
-    num_at_hand: int = 0
-    num_bytes_read: int = 0
-
-
 class ExpertStore(Protocol):
     """Gives the weights of experts, by layer and number."""
+
+    def begin(self, layer: int, rows: Sequence[int]) -> list[Expert]:
+        """Say what a layer is going to ask for.
+
+        Args:
+            layer: its number.
+            rows: of work, for each of its experts.
+
+        Returns:
+            Those that have rows, in the order to ask for them.
+        """
+        ...
 
     def get(self, expert: Expert) -> ExpertWeights:
         """The weights; valid until the next call.
@@ -66,7 +59,7 @@ class ExpertStore(Protocol):
         ...
 
     def prefetch(self, experts: Sequence[Expert]) -> None:
-        """Begin to read what is needed next, in this order; does not wait."""
+        """Begin to read the first few of what is needed next; does not wait."""
         ...
 
     def close(self) -> None:
@@ -81,6 +74,10 @@ class MappedExperts:
         self._parts, self._files = parts, files
         self._weights: dict[Expert, ExpertWeights] = {}
 
+    def begin(self, layer: int, rows: Sequence[int]) -> list[Expert]:
+        """See `ExpertStore`."""
+        return [(layer, expert) for expert, count in enumerate(rows) if count]
+
     def get(self, expert: Expert) -> ExpertWeights:
         """See `ExpertStore`."""
         if expert not in self._weights:
@@ -89,7 +86,7 @@ class MappedExperts:
 
     def prefetch(self, experts: Sequence[Expert]) -> None:
         """See `ExpertStore`."""
-        for expert in experts:
+        for expert in experts[:READ_AHEAD]:
             for part in self._parts[expert]:
                 self._files.will_need(part.entry)
 
@@ -99,108 +96,12 @@ class MappedExperts:
         self._files.close()
 
 
-@dataclass(kw_only=True, slots=True)
-class _Slot:
-    """Memory for one expert, and what is or will be in it."""
-
-    memory: Tensor
-    weights: Future[ExpertWeights]
-
-
-class CachedExperts:
-    """The most recently used experts, in memory of a given size.
-
-    Attributes:
-        num_slots: experts that it holds.
-        counts: what has been done.
-    """
-
-    def __init__(
-        self,
-        parts: Mapping[Expert, Sequence[ExpertPart]],
-        files: TensorFiles,
-        max_bytes: int,
-        *,
-        pin_memory: bool = False,
-    ) -> None:
-        """Nothing is read or allocated before it is needed.
-
-        Args:
-            parts: of every expert.
-            files: where they are.
-            max_bytes: memory for experts; at least for one.
-            pin_memory: so that a GPU can fetch weights by itself.
-
-        Raises:
-            UsageError: not enough for one expert.
-        """
-        self._parts, self._files = parts, files
-        self._slot_bytes = max(map(num_bytes, parts.values()), default=0)
-        if max_bytes < self._slot_bytes:
-            raise UsageError(
-                f"an expert takes {self._slot_bytes:,} bytes, and the cache for experts may have {max_bytes:,}; "
-                "raise --expert-cache to hold one, or a few"
-            )
-        self.num_slots = min(len(parts), max_bytes // max(1, self._slot_bytes))
-        self.counts = StoreCounts()
-        self._slots: OrderedDict[Expert, _Slot] = OrderedDict()  # least recently used first
-        self._in_use: Expert | None = None
-        self._pin_memory = pin_memory
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
-
-    def get(self, expert: Expert) -> ExpertWeights:
-        """See `ExpertStore`."""
-        self.counts.num_used += 1
-        slot = self._slots.get(expert)
-        if slot is None:
-            slot = self._start(expert)
-        else:
-            self.counts.num_at_hand += 1
-        self._slots.move_to_end(expert)
-        self._in_use = expert
-        try:
-            return slot.weights.result()
-        except BaseException:
-            del self._slots[expert]  # so that another try reads it again
-            raise
-
-    def prefetch(self, experts: Sequence[Expert]) -> None:
-        """See `ExpertStore`; as many as there is room for beside the expert that was asked for last."""
-        for expert in experts[: self.num_slots - 1]:
-            if expert not in self._slots:
-                self._start(expert)
-
-    def close(self) -> None:
-        """See `ExpertStore`."""
-        self._reader.shutdown(cancel_futures=True)
-        self._slots.clear()
-        self._files.close()
-
-    def _start(self, expert: Expert) -> _Slot:
-        """Begin to read an expert, in the place of the least recently used one."""
-        memory = self._memory()
-        self.counts.num_bytes_read += sum(part.num_bytes for part in self._parts[expert])
-        weights = self._reader.submit(read_parts, self._parts[expert], self._files, memory)
-        slot = self._slots[expert] = _Slot(memory=memory, weights=weights)
-        return slot
-
-    def _memory(self) -> Tensor:
-        if len(self._slots) < self.num_slots:
-            return torch.empty(self._slot_bytes, dtype=torch.uint8, pin_memory=self._pin_memory)
-        victim = next(expert for expert in self._slots if expert != self._in_use or self.num_slots == 1)
-        oldest = self._slots.pop(victim)
-        if not oldest.weights.cancel():
-            with suppress(Exception):  # it is not wanted any more
-                oldest.weights.result()
-        return oldest.memory
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offload:
     """How routed experts stay in the file.
 
     Attributes:
-        cache_bytes: memory for the most recently used ones; None leaves it to the kernel's page cache.
+        cache_bytes: memory for the most used ones; None leaves it to the kernel's page cache.
     """
 
     cache_bytes: int | None

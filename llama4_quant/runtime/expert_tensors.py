@@ -100,6 +100,14 @@ def fused_parts(
     return {expert: tuple(parts) for expert, parts in found.items()}
 
 
+def can_be_mapped(parts: Iterable[ExpertPart]) -> bool:
+    """Whether `map_parts` gives views of the file; scales, which are small, may have to be converted."""
+    return all(
+        part.columns is None and (part.dtype == part.entry.torch_dtype or part.suffix == "weight_scale")
+        for part in parts
+    )
+
+
 def map_parts(parts: Iterable[ExpertPart], files: TensorFiles) -> ExpertWeights:
     """The weights of an expert as views of the file, where they are stored as the kernel takes them."""
     weights: dict[str, dict[str, Tensor]] = {}
@@ -110,7 +118,7 @@ def map_parts(parts: Iterable[ExpertPart], files: TensorFiles) -> ExpertWeights:
 
 
 def read_parts(parts: Iterable[ExpertPart], files: TensorFiles, memory: Tensor) -> ExpertWeights:
-    """Read the weights of an expert into `memory`, uint8 of at least `num_bytes(parts)`, and not into page cache."""
+    """Read the weights of an expert into `memory`, uint8 of at least `num_bytes(parts)`."""
     weights: dict[str, dict[str, Tensor]] = {}
     known: dict[TensorEntry, Tensor] = {}
     start = 0
@@ -124,7 +132,6 @@ def read_parts(parts: Iterable[ExpertPart], files: TensorFiles, memory: Tensor) 
                 known[part.entry] = files.read(part.entry, torch.empty(part.entry.shape, dtype=part.entry.torch_dtype))
             stored = known[part.entry]
             room.copy_(stored if part.columns is None else stored[:, part.columns].T)
-        files.give_up(part.entry)
         weights.setdefault(part.projection, {})[part.suffix] = room
     return weights
 

@@ -9,6 +9,7 @@ Shape letters: G groups, K in, N out.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,15 @@ class WeightStorage(nn.Module):
             self.register_parameter(tensor, empty_parameter(shape, stored_dtype, builder.device))
         self.stored_names = tuple(layout)
         self.choose(builder.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: `call` as whether it is the choice's, since torch's operators cannot be pickled."""
+        return {**self.__dict__, "call": self.call is self.choice.call}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The reverse."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.call = self.choice.call if state["call"] else self.choice.stored_call
 
     def choice_for(self, device: torch.device) -> ops.Choice:
         """The kernel that would run on a device.

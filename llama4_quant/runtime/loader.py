@@ -67,7 +67,7 @@ def load(
         lm_head: quantize the head while loading, whatever else is quantized: "int8" or "int4".
         offload: "experts": leave routed experts in the checkpoint's files, which have to stay where they are, and read
             them when tokens are routed to them: for models larger than memory.
-        expert_cache: with `offload`: bytes of memory, or a size such as "8GiB", for the most recently used experts.
+        expert_cache: with `offload`: bytes of memory, or a size such as "8GiB", for the most used experts.
             Default: the kernel's page cache decides; for a BF16 checkpoint, whose experts have to be turned over, a
             quarter of the machine's memory.
         progress: called after each piece of work.

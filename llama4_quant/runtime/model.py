@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,19 @@ class Llama4Model(nn.Module):
         choices = [weight.choice_for(place) for weight in self._weights()]
         offloaded = (module for module in self.modules() if isinstance(module, OffloadedExperts))
         return ops.count_kernels([*choices, *(choice for m in offloaded for choice in m.choices_for(place).values())])
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """For `copy` and `pickle`.
+
+        Raises:
+            UsageError: experts are offloaded.
+        """
+        if self.expert_store is not None:
+            raise UsageError(
+                "a model with offloaded experts holds open files and cannot be copied or pickled; where you need "
+                'another, load it once more: load(..., offload="experts")'
+            )
+        return super().__reduce_ex__(protocol)
 
     def attach_experts(self, store: ExpertStore) -> None:
         """Say where offloaded experts are; the store is closed with the model."""

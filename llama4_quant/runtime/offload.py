@@ -9,6 +9,7 @@ Shape letters: E experts, H hidden, K in, N out, R rows of expert work.
 """
 
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,6 @@ from llama4_quant.runtime.elementwise import Gate
 from llama4_quant.runtime.expert_store import ExpertStore
 from llama4_quant.runtime.expert_tensors import Expert, ExpertWeights
 from llama4_quant.runtime.linear import Builder, Linear
-
-_READ_AHEAD = 2
-"""Experts of the same layer that are read while one works."""
 
 
 class OffloadedExperts(nn.Module):
@@ -99,16 +97,15 @@ class OffloadedExperts(nn.Module):
         """[R, H] sorted by expert, [E] -> [R, H] in the same order."""
         assert self._store is not None
         rows = rows_per_expert.tolist()
-        wanted = [(self._layer, expert) for expert, count in enumerate(rows) if count]
+        starts = list(accumulate(rows, initial=0))
+        wanted = self._store.begin(self._layer, rows)
         coming = [*wanted, *self._guess(x_RH)]
         y_RH = torch.empty_like(x_RH)
-        start = 0
-        for number, expert in enumerate(wanted):
-            stop = start + rows[expert[1]]
-            weights = self._store.get(expert)
-            self._store.prefetch(coming[number + 1 : number + 1 + _READ_AHEAD])
-            y_RH[start:stop] = self._expert(x_RH[start:stop], weights)
-            start = stop
+        for number, (layer, expert) in enumerate(wanted, start=1):
+            weights = self._store.get((layer, expert))
+            self._store.prefetch(coming[number:])
+            own = slice(starts[expert], starts[expert + 1])
+            y_RH[own] = self._expert(x_RH[own], weights)
         return y_RH
 
     def _expert(self, x_RH: Tensor, weights: ExpertWeights) -> Tensor:
@@ -116,7 +113,7 @@ class OffloadedExperts(nn.Module):
         return self._project("down_proj", self.gated(gate_RI, up_RI), weights)
 
     def _project(self, projection: str, x_RK: Tensor, weights: ExpertWeights) -> Tensor:
-        stored = [tensor.to(x_RK.device, non_blocking=True) for tensor in weights[projection].values()]
+        stored = [tensor.to(x_RK.device) for tensor in weights[projection].values()]
         return self.choices[projection].call(x_RK, *stored)
 
     def _guess(self, x_RH: Tensor) -> list[Expert]:
@@ -127,4 +124,4 @@ class OffloadedExperts(nn.Module):
         experts_Rk = router(x_RH).topk(self._experts_per_token, dim=-1).indices
         counts_E = torch.bincount(experts_Rk.flatten())
         order = counts_E.argsort(descending=True, stable=True).tolist()
-        return [(layer, expert) for expert in order if counts_E[expert]][:_READ_AHEAD]
+        return [(layer, expert) for expert in order if counts_E[expert]]

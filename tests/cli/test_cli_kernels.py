@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 from cli_runs import run_cli
 
+from llama4_quant import load
+from llama4_quant.inspect import inspect
+from llama4_quant.ops import native_attention, native_elementwise
+from llama4_quant.runtime.attention import TextAttention
+from llama4_quant.runtime.elementwise import Gate, RMSNorm
 from llama4_quant.sample import HELD_OUT_TEXT, SAMPLE_DIR
 
 PROMPT = ["--prompt", "Return a new string object with", "--raw", "--max-new-tokens", 8]
@@ -60,3 +65,28 @@ def test_inspect_names_kernels_and_reasons(tmp_path: Path) -> None:
     table = run_cli("inspect", tmp_path / "out", "--kernels").out
     assert "grouped_fp8" in table
     assert "Kernels, in bfloat16 on this processor" in table
+    assert "attention of one token, int8 cache" in table
+
+
+def test_inspect_says_of_other_work_what_a_loaded_model_does() -> None:
+    other = json.loads(run_cli("inspect", SAMPLE_DIR, "--kernels", "--json").out)["other_kernels"]
+    found = {work["work"]: work for work in other}
+    modules = list(load(SAMPLE_DIR).modules())
+    groups: dict[str, list[RMSNorm] | list[Gate] | list[TextAttention]] = {
+        "norm": [module for module in modules if isinstance(module, RMSNorm)],
+        "gate": [module for module in modules if isinstance(module, Gate)],
+        "attention of one token, fp8 cache": [module for module in modules if isinstance(module, TextAttention)],
+    }
+    for work, doing in groups.items():
+        assert found[work]["count"] == len(doing) > 0
+        assert {module.is_native for module in doing} == {found[work]["kernel"] == "native"}
+        assert bool(found[work]["rejected"]) == (found[work]["kernel"] != "native")
+    assert 0 < found["rotation"]["count"] < len(groups["attention of one token, fp8 cache"])  # a NoPE layer has none
+
+
+def test_without_a_compiler_inspect_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in (native_attention, native_elementwise):
+        monkeypatch.setattr(library, "_library", lambda: "no C++ compiler")
+    found = {work.work: work for work in inspect(SAMPLE_DIR, kernels=True).other_kernels}
+    for work in ("norm", "rotation", "gate", "attention of one token, int8 cache"):
+        assert (found[work].kernel, found[work].rejected) == ("torch", (("native", "no C++ compiler"),))

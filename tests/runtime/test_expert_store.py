@@ -13,8 +13,10 @@ from llama4_quant.architecture import Llama4Config, Role, linear_specs
 from llama4_quant.checkpoint.reader import CheckpointReader
 from llama4_quant.checkpoint.tensor_files import TensorFiles
 from llama4_quant.errors import CheckpointError, UsageError
-from llama4_quant.runtime.expert_store import CachedExperts, MappedExperts
+from llama4_quant.runtime.expert_cache import READ_AHEAD, CachedExperts
+from llama4_quant.runtime.expert_store import MappedExperts
 from llama4_quant.runtime.expert_tensors import Expert, ExpertPart, fused_parts, num_bytes, stored_parts
+from llama4_quant.runtime.popularity import HALF_LIFE, Popularity
 from llama4_quant.stored import quantized_weights
 
 Parts = dict[Expert, tuple[ExpertPart, ...]]
@@ -99,22 +101,105 @@ def test_cached_experts_are_the_stored_ones_in_any_order(
         assert len(store._slots) <= min(num_slots, len(parts))
     assert store.counts.num_used == 100
     if num_slots >= len(parts):
-        assert store.counts.num_bytes_read <= sum(part.num_bytes for of in parts.values() for part in of)
+        assert store.counts.num_bytes_copied <= sum(part.num_bytes for of in parts.values() for part in of)
     store.close()
 
 
-def test_what_was_used_last_is_kept(int4: Path) -> None:
+def in_memory(store: CachedExperts) -> int:
+    return sum(slot.memory.nbytes for slot in store._slots.values())
+
+
+def run_pass(
+    store: CachedExperts, rows: dict[int, list[int]], wanted: dict[Expert, dict[tuple[str, str], torch.Tensor]]
+) -> int:
+    """As a model does; gives the hits."""
+    before = store.counts.num_hits
+    for layer, counts in rows.items():
+        coming = store.begin(layer, counts)
+        assert sorted(coming) == [(layer, expert) for expert, count in enumerate(counts) if count]
+        for number, expert in enumerate(coming, start=1):
+            weights = store.get(expert)
+            store.prefetch(coming[number:])
+            check(weights, wanted[expert])
+            assert in_memory(store) <= store.num_slots * store._slot_bytes
+    return store.counts.num_hits - before
+
+
+@pytest.mark.parametrize("kind", ["source", "int4"])
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 5, 7])
+def test_a_pass_of_all_experts_finds_as_many_as_there_is_room_for(
+    kind: str, num_slots: int, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    parts, files = opened(folder)
+    wanted = expected(folder)
+    budget = (num_slots + 1) * max(map(num_bytes, parts.values())) - 1
+    store = CachedExperts(parts, files, budget)
+    assert store.num_slots == num_slots < len(parts)
+    layers = {layer: 1 + max(expert for of, expert in parts if of == layer) for layer, _ in parts}
+    everything = {layer: [3] * count for layer, count in layers.items()}
+    run_pass(store, everything, wanted)
+    # BF16 experts pass through the cache, which takes the places of the one at work and of those that are read ahead.
+    passing = 0 if kind == "int4" else 1 + READ_AHEAD
+    for _ in range(3):
+        copied = store.counts.num_bytes_copied
+        assert num_slots - passing <= run_pass(store, everything, wanted) <= num_slots
+        assert kind == "source" or store.counts.num_bytes_copied == copied
+    assert in_memory(store) <= budget
+    store.close()
+
+
+def test_favourites_outlive_a_prompt_and_give_way_to_others(int4: Path) -> None:
     parts, files = opened(int4)
-    first, second, third = list(parts)[:3]
+    wanted = expected(int4)
+    (layer, _), *_ = parts
+    count = sum(of == layer for of, _ in parts)
     store = CachedExperts(parts, files, 2 * max(map(num_bytes, parts.values())))
-    for expert in (first, second, first, third):  # `second` goes
-        store.get(expert)
-    before = store.counts.num_at_hand
-    store.get(first)
-    assert store.counts.num_at_hand == before + 1
-    store.get(second)
-    assert store.counts.num_at_hand == before + 1
+
+    def step(expert: int) -> int:
+        return run_pass(store, {layer: [int(number == expert) for number in range(count)]}, wanted)
+
+    for expert in (2, 3, 2, 3, 2, 3):
+        step(expert)
+    run_pass(store, {layer: [1] * count}, wanted)
+    assert [step(expert) for expert in (2, 3)] == [1, 1]
+    assert step(0) == 0  # once does not make it one
+    assert step(2) == 1
+    for expert in (0, 1) * 8:
+        step(expert)
+    assert [step(expert) for expert in (0, 1)] == [1, 1]
     store.close()
+
+
+def test_what_is_here_comes_first_and_stays_until_it_was_used(int4: Path) -> None:
+    parts, files = opened(int4)
+    (layer, _), *_ = parts
+    count = sum(of == layer for of, _ in parts)
+    store = CachedExperts(parts, files, 2 * max(map(num_bytes, parts.values())))
+    for expert in (count - 2, count - 1):
+        store.begin(layer, [int(number == expert) for number in range(count)])
+        store.get((layer, expert))
+    order = store.begin(layer, [100] * (count - 2) + [1, 1])  # the others are more popular now
+    assert {expert for _, expert in order[:2]} == {count - 2, count - 1}
+    store.prefetch(order)
+    assert set(order[:2]) == set(store._slots)
+    for expert in order:
+        store.get(expert)
+    assert store.counts.num_hits == 2
+    store.close()
+
+
+def test_shares_are_of_a_layer_and_fade() -> None:
+    popularity = Popularity()
+    popularity.count(0, [1, 3])
+    popularity.count(1, [20, 20])
+    assert [popularity.share((0, 1)), popularity.share((1, 0)), popularity.share((2, 0))] == [0.75, 0.5, 0]
+    popularity.count(0, [HALF_LIFE, 0])  # the old rows count half now
+    assert popularity.share((0, 1)) == 1.5 / (HALF_LIFE + 2)
+    assert popularity.is_ahead((0, 0), (1, 0))
+    popularity.count(2, [2, 1, 1])
+    assert popularity.is_ahead((2, 0), (2, 3))
+    assert not popularity.is_ahead((2, 0), (2, 1))  # by one row only
 
 
 def test_the_next_expert_is_read_while_another_is_used(int4: Path) -> None:
@@ -136,7 +221,9 @@ def test_the_next_expert_is_read_while_another_is_used(int4: Path) -> None:
     check(store.get(second), expected(int4)[second])
     assert names
     assert all(name.startswith("experts") for name in names)
-    assert store.counts.num_at_hand == 1
+    assert (store.counts.num_used, store.counts.num_hits) == (2, 0)
+    check(store.get(second), expected(int4)[second])
+    assert store.counts.num_hits == 1
     store.close()
 
 

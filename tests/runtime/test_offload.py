@@ -11,7 +11,8 @@ from llama4_quant import convert
 from llama4_quant.errors import UsageError
 from llama4_quant.ops import Kernel, native
 from llama4_quant.runtime import Llama4Model
-from llama4_quant.runtime.expert_store import CachedExperts, MappedExperts
+from llama4_quant.runtime.expert_cache import CachedExperts
+from llama4_quant.runtime.expert_store import MappedExperts
 from llama4_quant.runtime.experts import MixtureOfExperts
 from llama4_quant.runtime.generate import generate
 from llama4_quant.runtime.loader import load
@@ -89,7 +90,7 @@ def test_the_next_layer_is_guessed_and_a_guess_is_never_more_than_that() -> None
     )
     store = model.expert_store
     assert isinstance(store, CachedExperts)
-    assert 0 < store.counts.num_at_hand < store.counts.num_used
+    assert 0 < store.counts.num_hits < store.counts.num_used
 
 
 def test_files_are_closed_with_the_model(folders: dict[str, Path]) -> None:
