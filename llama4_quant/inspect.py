@@ -152,11 +152,10 @@ def _model(config: Llama4Config, reader: CheckpointReader) -> Llama4Model:
 def _other_kernels(model: Llama4Model) -> Iterable[WorkKernel]:
     """As `Elementwise.choose`, `TextAttention.choose` and `attend` decide."""
     attentions = [module for module in model.modules() if isinstance(module, TextAttention)]
-    for kind, codes in ((CacheDtype.BF16, None), (CacheDtype.FP8, torch.float8_e4m3fn), (CacheDtype.INT8, torch.int8)):
-        head_dim, place = model.config.text.head_dim, torch.device("cpu")
-        reason: str | None = "no faster than torch's"
-        if codes is not None:
-            reason = native_attention.why_not(place, torch.bfloat16, codes, head_dim)
+    head_dim, place = model.config.text.head_dim, torch.device("cpu")
+    stored = {CacheDtype.BF16: torch.bfloat16, CacheDtype.FP8: torch.float8_e4m3fn, CacheDtype.INT8: torch.int8}
+    for kind, dtype in stored.items():
+        reason = native_attention.why_not(place, torch.bfloat16, dtype, head_dim)
         yield _work(f"attention of one token, {kind} cache", reason, len(attentions))
     yield _work("attention of several tokens", "there is none; torch's is fused", len(attentions))
     reason = native_elementwise.probe()
