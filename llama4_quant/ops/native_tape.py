@@ -1,8 +1,8 @@
 """A decoding step as a tape: calls of compiled kernels that run one after another without Python in between.
 
-After a product has streamed tens of megabytes through the caches, every line of Python starts cold: a layer's fifteen
-calls take as long as a fifth of its products. A tape has them packed before; per token a few fields change (where the
-cache has room for the token, and how many columns it holds), and one call runs all.
+After a product has streamed tens of megabytes through the caches, every line of Python starts cold, and a layer needs
+some fifteen calls. A tape has them packed before; per token a few fields change (where the cache has room for the
+token, and how many columns it holds), and one call runs all.
 
 Buffers between calls belong to the tape, and calls see their addresses: what is in them is gone with the next run.
 """
