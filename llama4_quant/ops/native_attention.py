@@ -19,7 +19,15 @@ from torch import Tensor
 from llama4_quant.native import compile_and_load
 from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
 
-SOURCES = ("attention.cpp", "floats.h", "task.h")
+SOURCES = (
+    "attention.cpp",
+    "task.h",
+    "instructions.h",
+    "floats.h",
+    "codes.h",
+    "matrix_unit.h",
+    "attention_tiles.h",
+)
 DIM_MULTIPLE = 16
 _FORMATS = {torch.bfloat16: 0, torch.float8_e4m3fn: 2, torch.int8: 3}
 """As `enum Format` in task.h."""

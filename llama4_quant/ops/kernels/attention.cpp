@@ -12,6 +12,11 @@
 #include <omp.h>
 
 #include "floats.h"
+#include "instructions.h"
+
+#ifdef LLAMA4_QUANT_TILES
+#include "attention_tiles.h"
+#endif
 
 // Fields as in native_attention.py. Consecutive columns that lie together; strides of codes are in bytes, others in elements.
 struct Piece {
@@ -136,19 +141,73 @@ INLINE void weigh(float* scores, int64_t dim, float* output, float* largest, flo
     for (int64_t lane = 0; lane < kLanes; lane++) *sum += added[lane];
 }
 
-INLINE int64_t scratch_size(const AttentionTask& task) {
-    return kTile * task.dim + task.heads * (task.dim + kTile);
-}
-
 // Columns [start, stop) of a piece, of one group of one row.
 struct Part {
     const Piece* piece;
     int64_t row, group, start, stop;
 };
 
+INLINE bool has_tiles() {
+#ifdef LLAMA4_QUANT_TILES
+    return tiles::allowed();
+#else
+    return false;
+#endif
+}
+
+template <Format kFormat>
+INLINE int64_t scratch_size(const AttentionTask& task) {
+#ifdef LLAMA4_QUANT_TILES
+    if (has_tiles()) return attention_tiles::Heads<kFormat>::scratch_bytes(kPart, task.heads, task.dim) / 4;
+#endif
+    return kTile * task.dim + task.heads * (task.dim + kTile);
+}
+
+#ifdef LLAMA4_QUANT_TILES
+// The keys of the part after this one.
+INLINE const uint8_t* keys_after(const AttentionTask& task, const Part& part, int64_t column_bytes) {
+    const Piece& piece = *part.piece;
+    const bool is_last = part.piece == task.pieces + task.num_pieces - 1;
+    if (part.stop < piece.columns) {
+        return piece.keys + part.row * piece.row_stride + part.group * piece.group_stride + part.stop * column_bytes;
+    }
+    const int64_t pair = part.row * task.groups + part.group + (is_last ? 1 : 0);
+    const Piece& after = is_last ? *task.pieces : part.piece[1];
+    return after.keys + pair / task.groups * after.row_stride + pair % task.groups * after.group_stride;
+}
+
+template <Format kFormat>
+void attend_in_tiles(const AttentionTask& task, const Part& part, float* result, float* scratch) {
+    const Piece& piece = *part.piece;
+    const int64_t heads = task.heads, dim = task.dim, column_bytes = dim * (kFormat == kBf16 ? 2 : 1);
+    const int64_t codes = part.row * piece.row_stride + part.group * piece.group_stride + part.start * column_bytes;
+    const int64_t scales = part.row * piece.scale_row_stride + part.group * piece.scale_group_stride + part.start;
+    const attention_tiles::Part own = {
+        piece.keys + codes,
+        piece.values + codes,
+        piece.key_scales ? piece.key_scales + scales : nullptr,
+        piece.value_scales ? piece.value_scales + scales : nullptr,
+        task.bias ? task.bias + part.row * task.bias_stride + piece.first + part.start : nullptr,
+        keys_after(task, part, column_bytes),
+        part.stop - part.start,
+        dim,
+        task.key_scale,
+    };
+    const uint16_t* queries = task.queries + (part.row * task.groups + part.group) * heads * dim;
+    float *largest = result + heads * dim, *sums = largest + heads;
+    for (int64_t h = 0; h < heads; h += attention_tiles::kSide) {
+        attention_tiles::Heads<kFormat> some(own, queries + h * dim, at_most(heads - h, attention_tiles::kSide), (uint8_t*)scratch);
+        some.run(result + h * dim, largest + h, sums + h);
+    }
+}
+#endif
+
 // For each head of a part its output, not yet divided by its sum; then largest scores, then sums.
 template <Format kFormat>
 void attend_part(const AttentionTask& task, const Part& part, float* result, float* scratch) {
+#ifdef LLAMA4_QUANT_TILES
+    if (has_tiles()) return attend_in_tiles<kFormat>(task, part, result, scratch);
+#endif
     const Piece& piece = *part.piece;
     const int64_t heads = task.heads, dim = task.dim, code_bytes = kFormat == kBf16 ? 2 : 1;
     float *tile = scratch, *queries = tile + kTile * dim, *scores = queries + heads * dim;
@@ -227,7 +286,7 @@ int32_t attend(const AttentionTask& task) {
     }
     const int64_t pairs = task.rows * task.groups, part_size = task.heads * (task.dim + 2);
     const int32_t threads = pairs * columns * task.dim < kAlone ? 1 : task.threads;
-    const int64_t of_thread = round_up(scratch_size(task), kLine);
+    const int64_t of_thread = round_up(scratch_size<kFormat>(task), kLine);
     float* parts = allocate<float>(pairs * num_parts * part_size + threads * of_thread + kLine);
     if (!parts) return 1;
     float* scratch = parts + round_up(pairs * num_parts * part_size, kLine);

@@ -1,0 +1,286 @@
+// Attention of single queries by the matrix unit (AMX): the heads that share keys, up to 16 at a time, and a part of the
+// columns of a cache.
+//
+// First keys: tiles of 16 columns x 32 dims, in bf16 the cache's own memory, times tiles of 32 dims x 16 heads make
+// scores; with all scores of the part known, weights are e^(score - largest), rounded to bf16. Then values: tiles of heads
+// x 32 columns times tiles of 32 columns x 16 dims, for which two columns at a time are interleaved. Codes of one byte
+// become bf16 on the way. While one step is decoded the matrix unit works on the step before, and memory is read ahead:
+// behind the keys come the values, behind these what the caller reads next.
+
+#pragma once
+
+#include "codes.h"
+#include "floats.h"
+#include "matrix_unit.h"
+
+namespace attention_tiles {
+
+using tiles::kSide;
+
+constexpr int64_t kStep = 32;    // columns
+constexpr int64_t kTile = 1024;  // bytes
+constexpr int64_t kAhead = 8192;  // bytes
+
+struct Part {  // of one group of one row
+    const uint8_t *keys, *values;                // [columns, dim]
+    const uint16_t *key_scales, *value_scales;  // bf16 [columns], or null
+    const float* bias;                           // [columns], or null
+    const uint8_t* next;                         // what is read afterwards
+    int64_t columns, dim;
+    float scale;  // of all scores
+};
+
+// A line of 64 bytes of a row of codes is kLines of bf16.
+template <Format kFormat>
+struct Codes {
+    static constexpr int64_t kBytes = kFormat == kBf16 ? 2 : 1, kLines = 2 / kBytes, kCount = kLine / kBytes;
+    const vectors::Table table = kFormat == kFp8 ? vectors::fp8_table() : vectors::int8_table();
+
+    static int64_t width(int64_t dim) { return round_up(dim, kCount); }
+    static int64_t place(int64_t d) { return kFormat == kBf16 ? d : d / kCount * kCount + vectors::fp8_place(d); }
+
+    INLINE_MEMBER void decode(__m512i codes, __m512i* words) const {
+        if (kFormat == kBf16) words[0] = codes;
+        else if (kFormat == kFp8) vectors::decode_fp8(codes, table, words[0], words[1]);
+        else vectors::decode_int8(codes, table, words[0], words[1]);
+    }
+
+    // Of two rows, as 2 * kLines lines of pairs. Line i has of each 128 bits of a row the i-th four codes.
+    INLINE_MEMBER void decode_pairs(__m512i a, __m512i b, __m512i* words) const {
+        if (kFormat == kBf16) {
+            words[0] = _mm512_unpacklo_epi16(a, b), words[1] = _mm512_unpackhi_epi16(a, b);
+        } else {
+            decode(_mm512_unpacklo_epi8(a, b), words);
+            decode(_mm512_unpackhi_epi8(a, b), words + 2);
+        }
+    }
+};
+
+// Lines of rows, where some are missing at the end; zeros there.
+struct Rows {
+    const uint8_t* first;
+    int64_t bytes, count;
+
+    template <bool kIsFull>
+    INLINE_MEMBER __m512i line(int64_t row, int64_t at) const {
+        if (kIsFull) return _mm512_loadu_si512(first + row * bytes + at);
+        return row < count ? vectors::load_bytes(first + row * bytes + at, bytes - at) : _mm512_setzero_si512();
+    }
+};
+
+template <Format kFormat>
+class Heads {
+   public:
+    static int64_t scratch_bytes(int64_t columns, int64_t heads, int64_t dim) {
+        const int64_t width = Codes<kFormat>::width(dim), count = at_most(heads, kSide);
+        return width / 32 * kTile + 4 * kStep * width + 4 * kTile + round_up(columns, kStep) * count * 4 + width * count * 4;
+    }
+
+    // `queries`: bf16 [heads, dim].
+    Heads(const Part& part, const uint16_t* queries, int64_t heads, uint8_t* scratch)
+        : part_(part), heads_(heads), width_(Codes<kFormat>::width(part.dim)), bytes_(part.dim * Codes<kFormat>::kBytes) {
+        queries_ = scratch;
+        decoded_ = queries_ + width_ / 32 * kTile;
+        products_ = decoded_ + 4 * kStep * width_;
+        sums_ = products_ + 4 * kTile;
+        weights_ = sums_ + width_ * heads * 4;
+        std::memset(queries_, 0, width_ / 32 * kTile);
+        for (int64_t h = 0; h < heads; h++) {
+            for (int64_t d = 0; d < part.dim; d++) {  // pairs of dims x heads
+                const int64_t place = codes_.place(d);
+                ((uint16_t*)queries_)[(place / 2 * kSide + h) * 2 + place % 2] = queries[h * part.dim + d];
+            }
+        }
+    }
+
+    // output: [heads, dim], not yet divided by sums; as largest scores and sums, [heads].
+    void run(float* output, float* largest, float* sums) {
+        tiles::Shapes shapes;
+        for (int i = 0; i < 4; i++) shapes.rows[i] = (uint8_t)heads_;
+        asm volatile("" ::: "memory");
+        _tile_loadconfig(&shapes);
+        score();
+        weigh(largest, sums);
+        add_values(output);
+        _tile_release();
+    }
+
+   private:
+    const Part& part_;
+    const int64_t heads_, width_, bytes_;
+    const Codes<kFormat> codes_;
+    uint8_t *queries_, *decoded_, *products_, *sums_, *weights_;
+    Floats most_[kSide];
+
+    INLINE_MEMBER int64_t steps() const { return (part_.columns + kStep - 1) / kStep; }
+    // Scores, and in the first half of each line weights, of 32 columns: [steps, heads, 32].
+    INLINE_MEMBER float* weights_of(int64_t step, int64_t head) const {
+        return (float*)(weights_ + (step * heads_ + head) * kStep * 4);
+    }
+    INLINE_MEMBER Rows rows(const uint8_t* codes, int64_t step) const {
+        return {codes + step * kStep * bytes_, bytes_, at_most(kStep, part_.columns - step * kStep)};
+    }
+    INLINE_MEMBER bool is_full(int64_t step) const {
+        return (step + 1) * kStep <= part_.columns && part_.dim == width_;
+    }
+
+    // A step's share of what is read ahead: `all` ends where `then` comes next.
+    INLINE_MEMBER void fetch(const uint8_t* all, int64_t step, const uint8_t* then) const {
+        const int64_t size = part_.columns * bytes_, first = step * kStep * bytes_ + kAhead;
+        for (int64_t at = first; at < first + kStep * bytes_; at += kLine)
+            _mm_prefetch((const char*)(at < size ? all + at : then + at - size), _MM_HINT_T1);
+    }
+
+    template <bool kIsFull>
+    INLINE_MEMBER void decode_keys(const Rows& from, uint8_t* to) const {
+        for (int64_t j = 0; j < kStep; j++) {
+            for (int64_t at = 0; at < width_ * codes_.kBytes; at += kLine) {
+                __m512i words[2];
+                codes_.decode(from.line<kIsFull>(j, at), words);
+                for (int64_t i = 0; i < codes_.kLines; i++, to += kLine) _mm512_store_si512(to, words[i]);
+            }
+        }
+    }
+
+    // Keys as bf16, 2 * width_ bytes for each; those of the cache itself if they are that.
+    INLINE_MEMBER const uint8_t* keys_of(int64_t step, uint8_t* to) const {
+        const Rows from = rows(part_.keys, step);
+        if (kFormat == kBf16 && is_full(step)) return from.first;
+        is_full(step) ? decode_keys<true>(from, to) : decode_keys<false>(from, to);
+        return to;
+    }
+
+    INLINE_MEMBER void multiply_keys(const uint8_t* keys, uint8_t* products) const {
+        const int64_t stride = 2 * width_;
+        asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
+        _tile_zero(4);
+        _tile_zero(5);
+        for (int64_t d = 0; d < width_ / 32; d++) {
+            _tile_loadd(7, queries_ + kTile * d, 64);
+            _tile_loadd(6, keys + kLine * d, stride);
+            _tile_dpbf16ps(4, 6, 7);
+            _tile_loadd(6, keys + kLine * d + kSide * stride, stride);
+            _tile_dpbf16ps(5, 6, 7);
+        }
+        _tile_stored(4, products, 64);
+        _tile_stored(5, products + kTile, 64);
+    }
+
+    INLINE_MEMBER void scale(int64_t step, const uint8_t* products) {
+        for (int64_t half = 0; half < 2; half++) {
+            const int64_t column = step * kStep + half * kSide, left = part_.columns - column;
+            const __mmask16 there = left >= kSide ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+            __m512i lines[kSide];
+            for (int64_t i = 0; i < kSide; i++) lines[i] = _mm512_load_si512(products + half * kTile + i * kLine);
+            tiles::transpose(lines);
+            __m512 factor = _mm512_set1_ps(part_.scale), bias = _mm512_setzero_ps();
+            if (part_.key_scales) factor = _mm512_mul_ps(factor, scales(part_.key_scales + column, there));
+            if (part_.bias) bias = _mm512_maskz_loadu_ps(there, part_.bias + column);
+            for (int64_t h = 0; h < heads_; h++) {
+                const __m512 score = _mm512_fmadd_ps(_mm512_castsi512_ps(lines[h]), factor, bias);
+                const __m512 all = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), there, score);
+                most_[h] = (Floats)_mm512_max_ps(all, (__m512)most_[h]);  // of a NaN, what there was
+                _mm512_store_ps(weights_of(step, h) + half * kSide, all);
+            }
+        }
+    }
+
+    static INLINE_MEMBER __m512 scales(const uint16_t* from, __mmask16 there) {
+        const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    }
+
+    void score() {
+        for (int64_t h = 0; h < heads_; h++) most_[h] = Floats{} - __builtin_inff();
+        const uint8_t* keys = keys_of(0, decoded_);
+        for (int64_t step = 0; step <= steps(); step++) {
+            const int64_t turn = step & 1;
+            if (step < steps()) {
+                fetch(part_.keys, step, part_.values);
+                multiply_keys(keys, products_ + turn * 2 * kTile);
+            }
+            if (step + 1 < steps()) keys = keys_of(step + 1, decoded_ + (turn ^ 1) * 2 * kStep * width_);
+            if (step) scale(step - 1, products_ + (turn ^ 1) * 2 * kTile);
+        }
+    }
+
+    void weigh(float* largest, float* sums) {
+        Floats sum[kSide] = {};
+        for (int64_t h = 0; h < heads_; h++) largest[h] = _mm512_reduce_max_ps((__m512)most_[h]);
+        for (int64_t step = 0; step < steps(); step++) {
+            Floats scale[2];
+            for (int64_t half = 0; part_.value_scales && half < 2; half++) {
+                const int64_t column = step * kStep + half * kSide, left = part_.columns - column;
+                const __mmask16 there = left >= kSide ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+                scale[half] = (Floats)scales(part_.value_scales + column, there);
+            }
+            for (int64_t h = 0; h < heads_; h++) {
+                float* own = weights_of(step, h);
+                Floats first = exponential(load(own) - largest[h]), second = exponential(load(own + kSide) - largest[h]);
+                if (part_.value_scales) {
+                    sum[h] += first + second;
+                    first *= scale[0], second *= scale[1];
+                }
+                const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+                _mm512_store_si512(own, rounded);
+                if (!part_.value_scales) {
+                    sum[h] += (Floats)_mm512_slli_epi32(rounded, 16);
+                    sum[h] += (Floats)_mm512_and_si512(rounded, _mm512_set1_epi32((int)0xFFFF0000));
+                }
+            }
+        }
+        for (int64_t h = 0; h < heads_; h++) sums[h] = _mm512_reduce_add_ps((__m512)sum[h]);
+    }
+
+    template <bool kIsFull>
+    INLINE_MEMBER void pair_values(const Rows& from, uint8_t* to) const {
+        for (int64_t j = 0; j < kStep; j += 2) {
+            for (int64_t at = 0; at < width_ * codes_.kBytes; at += kLine) {
+                __m512i words[4];
+                codes_.decode_pairs(from.line<kIsFull>(j, at), from.line<kIsFull>(j + 1, at), words);
+                for (int64_t i = 0; i < 2 * codes_.kLines; i++)
+                    _mm512_store_si512(to + (at / kLine * 2 * codes_.kLines + i) * kTile + j / 2 * kLine, words[i]);
+            }
+        }
+    }
+
+    INLINE_MEMBER void values_of(int64_t step, uint8_t* to) const {
+        const Rows from = rows(part_.values, step);
+        is_full(step) ? pair_values<true>(from, to) : pair_values<false>(from, to);
+    }
+
+    INLINE_MEMBER void multiply_values(int64_t step, const uint8_t* values) const {
+        asm volatile("" ::: "memory");
+        _tile_loadd(0, weights_of(step, 0), kStep * 4);
+        for (int64_t tile = 0; tile < width_ / kSide; tile += 2) {
+            uint8_t *first = sums_ + tile * heads_ * kLine, *second = first + heads_ * kLine;
+            _tile_loadd(6, values + tile * kTile, 64);
+            _tile_loadd(1, first, 64);
+            _tile_dpbf16ps(1, 0, 6);
+            _tile_loadd(7, values + (tile + 1) * kTile, 64);
+            _tile_loadd(2, second, 64);
+            _tile_dpbf16ps(2, 0, 7);
+            _tile_stored(1, first, 64);
+            _tile_stored(2, second, 64);
+        }
+    }
+
+    void add_values(float* output) {
+        std::memset(sums_, 0, width_ * heads_ * 4);
+        values_of(0, decoded_);
+        for (int64_t step = 0; step < steps(); step++) {
+            const int64_t turn = step & 1;
+            fetch(part_.values, step, part_.next);
+            multiply_values(step, decoded_ + turn * 2 * kStep * width_);
+            if (step + 1 < steps()) values_of(step + 1, decoded_ + (turn ^ 1) * 2 * kStep * width_);
+        }
+        for (int64_t d = 0; d < part_.dim; d += 4) {  // as `decode_pairs` orders them
+            const int64_t lines = 2 * codes_.kLines, tile = d / codes_.kCount * lines + d / 4 % lines;
+            const int64_t at = d % codes_.kCount / (4 * lines) * 16;
+            for (int64_t h = 0; h < heads_; h++)
+                std::memcpy(output + h * part_.dim + d, sums_ + (tile * heads_ + h) * kLine + at, 16);
+        }
+    }
+};
+
+}  // namespace attention_tiles
