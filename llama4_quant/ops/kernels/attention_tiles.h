@@ -68,6 +68,16 @@ struct Rows {
     }
 };
 
+// Memory that is fetched a line at a time, each some time before it is read: after `stop` comes `then`.
+struct Ahead {
+    const uint8_t *at, *stop, *then;
+
+    INLINE_MEMBER void fetch(int64_t lines) {
+        for (int64_t i = 0; i < lines; i++, at += kLine) _mm_prefetch((const char*)at, _MM_HINT_T1);
+        if (at >= stop) at = then + (at - stop), stop = (const uint8_t*)UINTPTR_MAX;
+    }
+};
+
 template <Format kFormat>
 class Heads {
    public:
@@ -111,6 +121,7 @@ class Heads {
     const Codes<kFormat> codes_;
     uint8_t *queries_, *decoded_, *products_, *sums_, *weights_;
     Floats most_[kSide];
+    Ahead ahead_;
 
     INLINE_MEMBER int64_t steps() const { return (part_.columns + kStep - 1) / kStep; }
     // Scores, and in the first half of each line weights, of 32 columns: [steps, heads, 32].
@@ -124,43 +135,44 @@ class Heads {
         return (step + 1) * kStep <= part_.columns && part_.dim == width_;
     }
 
-    // A step's share of what is read ahead: `all` ends where `then` comes next.
-    INLINE_MEMBER void fetch(const uint8_t* all, int64_t step, const uint8_t* then) const {
-        const int64_t size = part_.columns * bytes_, first = step * kStep * bytes_ + kAhead;
-        for (int64_t at = first; at < first + kStep * bytes_; at += kLine)
-            _mm_prefetch((const char*)(at < size ? all + at : then + at - size), _MM_HINT_T1);
-    }
-
+    // Rows [first, last) of a step as bf16, 2 * width_ bytes each.
     template <bool kIsFull>
-    INLINE_MEMBER void decode_keys(const Rows& from, uint8_t* to) const {
-        for (int64_t j = 0; j < kStep; j++) {
+    INLINE_MEMBER void decode_keys(const Rows& from, int64_t first, int64_t last, uint8_t* to) {
+        to += first * 2 * width_;
+        for (int64_t j = first; j < last; j++) {
             for (int64_t at = 0; at < width_ * codes_.kBytes; at += kLine) {
                 __m512i words[2];
                 codes_.decode(from.line<kIsFull>(j, at), words);
+                ahead_.fetch(1);
                 for (int64_t i = 0; i < codes_.kLines; i++, to += kLine) _mm512_store_si512(to, words[i]);
             }
         }
     }
 
-    // Keys as bf16, 2 * width_ bytes for each; those of the cache itself if they are that.
-    INLINE_MEMBER const uint8_t* keys_of(int64_t step, uint8_t* to) const {
+    INLINE_MEMBER void decode_keys(int64_t step, int64_t first, int64_t last, uint8_t* to) {
         const Rows from = rows(part_.keys, step);
-        if (kFormat == kBf16 && is_full(step)) return from.first;
-        is_full(step) ? decode_keys<true>(from, to) : decode_keys<false>(from, to);
-        return to;
+        if (is_stored(step)) ahead_.fetch(2 * (last - first));
+        else if (is_full(step)) decode_keys<true>(from, first, last, to);
+        else decode_keys<false>(from, first, last, to);
     }
 
-    INLINE_MEMBER void multiply_keys(const uint8_t* keys, uint8_t* products) const {
-        const int64_t stride = 2 * width_;
+    // Whether tiles are the cache's own memory.
+    INLINE_MEMBER bool is_stored(int64_t step) const { return kFormat == kBf16 && is_full(step); }
+
+    // Products of one step; meanwhile keys of the next are decoded.
+    INLINE_MEMBER void multiply_keys(int64_t step, const uint8_t* keys, uint8_t* products, uint8_t* next) {
+        const int64_t stride = 2 * width_, count = width_ / 32;
+        if (is_stored(step)) keys = rows(part_.keys, step).first;
         asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
         _tile_zero(4);
         _tile_zero(5);
-        for (int64_t d = 0; d < width_ / 32; d++) {
+        for (int64_t d = 0; d < count; d++) {
             _tile_loadd(7, queries_ + kTile * d, 64);
             _tile_loadd(6, keys + kLine * d, stride);
             _tile_dpbf16ps(4, 6, 7);
             _tile_loadd(6, keys + kLine * d + kSide * stride, stride);
             _tile_dpbf16ps(5, 6, 7);
+            decode_keys(step + 1, kStep * d / count, kStep * (d + 1) / count, next);
         }
         _tile_stored(4, products, 64);
         _tile_stored(5, products + kTile, 64);
@@ -172,6 +184,7 @@ class Heads {
             const __mmask16 there = left >= kSide ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
             __m512i lines[kSide];
             for (int64_t i = 0; i < kSide; i++) lines[i] = _mm512_load_si512(products + half * kTile + i * kLine);
+            if (kFormat == kBf16) ahead_.fetch(32);
             tiles::transpose(lines);
             __m512 factor = _mm512_set1_ps(part_.scale), bias = _mm512_setzero_ps();
             if (part_.key_scales) factor = _mm512_mul_ps(factor, scales(part_.key_scales + column, there));
@@ -192,14 +205,14 @@ class Heads {
 
     void score() {
         for (int64_t h = 0; h < heads_; h++) most_[h] = Floats{} - __builtin_inff();
-        const uint8_t* keys = keys_of(0, decoded_);
+        ahead_ = {part_.keys + kAhead, part_.keys + part_.columns * bytes_, part_.values};
+        decode_keys(0, 0, kStep, decoded_);
         for (int64_t step = 0; step <= steps(); step++) {
             const int64_t turn = step & 1;
             if (step < steps()) {
-                fetch(part_.keys, step, part_.values);
-                multiply_keys(keys, products_ + turn * 2 * kTile);
+                multiply_keys(step, decoded_ + turn * 2 * kStep * width_, products_ + turn * 2 * kTile,
+                              decoded_ + (turn ^ 1) * 2 * kStep * width_);
             }
-            if (step + 1 < steps()) keys = keys_of(step + 1, decoded_ + (turn ^ 1) * 2 * kStep * width_);
             if (step) scale(step - 1, products_ + (turn ^ 1) * 2 * kTile);
         }
     }
@@ -232,34 +245,39 @@ class Heads {
         for (int64_t h = 0; h < heads_; h++) sums[h] = _mm512_reduce_add_ps((__m512)sum[h]);
     }
 
+    // Rows [first, last) of a step, two at a time.
     template <bool kIsFull>
-    INLINE_MEMBER void pair_values(const Rows& from, uint8_t* to) const {
-        for (int64_t j = 0; j < kStep; j += 2) {
+    INLINE_MEMBER void pair_values(const Rows& from, int64_t first, int64_t last, uint8_t* to) {
+        for (int64_t j = first; j < last; j += 2) {
             for (int64_t at = 0; at < width_ * codes_.kBytes; at += kLine) {
                 __m512i words[4];
                 codes_.decode_pairs(from.line<kIsFull>(j, at), from.line<kIsFull>(j + 1, at), words);
+                ahead_.fetch(2);
                 for (int64_t i = 0; i < 2 * codes_.kLines; i++)
                     _mm512_store_si512(to + (at / kLine * 2 * codes_.kLines + i) * kTile + j / 2 * kLine, words[i]);
             }
         }
     }
 
-    INLINE_MEMBER void values_of(int64_t step, uint8_t* to) const {
+    INLINE_MEMBER void pair_values(int64_t step, int64_t first, int64_t last, uint8_t* to) {
         const Rows from = rows(part_.values, step);
-        is_full(step) ? pair_values<true>(from, to) : pair_values<false>(from, to);
+        is_full(step) ? pair_values<true>(from, first, last, to) : pair_values<false>(from, first, last, to);
     }
 
-    INLINE_MEMBER void multiply_values(int64_t step, const uint8_t* values) const {
+    // Products of one step; meanwhile values of the next are decoded.
+    INLINE_MEMBER void multiply_values(int64_t step, const uint8_t* values, uint8_t* next) {
+        const int64_t count = width_ / 32;
         asm volatile("" ::: "memory");
         _tile_loadd(0, weights_of(step, 0), kStep * 4);
-        for (int64_t tile = 0; tile < width_ / kSide; tile += 2) {
-            uint8_t *first = sums_ + tile * heads_ * kLine, *second = first + heads_ * kLine;
-            _tile_loadd(6, values + tile * kTile, 64);
+        for (int64_t pair = 0; pair < count; pair++) {
+            uint8_t *first = sums_ + 2 * pair * heads_ * kLine, *second = first + heads_ * kLine;
+            _tile_loadd(6, values + 2 * pair * kTile, 64);
             _tile_loadd(1, first, 64);
             _tile_dpbf16ps(1, 0, 6);
-            _tile_loadd(7, values + (tile + 1) * kTile, 64);
+            _tile_loadd(7, values + (2 * pair + 1) * kTile, 64);
             _tile_loadd(2, second, 64);
             _tile_dpbf16ps(2, 0, 7);
+            pair_values(step + 1, kStep / 2 * pair / count * 2, kStep / 2 * (pair + 1) / count * 2, next);
             _tile_stored(1, first, 64);
             _tile_stored(2, second, 64);
         }
@@ -267,12 +285,11 @@ class Heads {
 
     void add_values(float* output) {
         std::memset(sums_, 0, width_ * heads_ * 4);
-        values_of(0, decoded_);
+        ahead_ = {part_.values + kAhead, part_.values + part_.columns * bytes_, part_.next};
+        pair_values(0, 0, kStep, decoded_);
         for (int64_t step = 0; step < steps(); step++) {
             const int64_t turn = step & 1;
-            fetch(part_.values, step, part_.next);
-            multiply_values(step, decoded_ + turn * 2 * kStep * width_);
-            if (step + 1 < steps()) values_of(step + 1, decoded_ + (turn ^ 1) * 2 * kStep * width_);
+            multiply_values(step, decoded_ + turn * 2 * kStep * width_, decoded_ + (turn ^ 1) * 2 * kStep * width_);
         }
         for (int64_t d = 0; d < part_.dim; d += 4) {  // as `decode_pairs` orders them
             const int64_t lines = 2 * codes_.kLines, tile = d / codes_.kCount * lines + d / 4 % lines;
