@@ -19,7 +19,7 @@ using tiles::kSide;
 
 constexpr int64_t kStep = 32;    // columns
 constexpr int64_t kTile = 1024;  // bytes
-constexpr int64_t kAhead = 8192;  // bytes
+constexpr int64_t kAhead = 16384;  // bytes
 
 struct Part {  // of one group of one row
     const uint8_t *keys, *values;                // [columns, dim]
@@ -123,6 +123,7 @@ class Heads {
     Floats most_[kSide];
     Ahead ahead_;
 
+    INLINE_MEMBER int64_t row_lines() const { return width_ * Codes<kFormat>::kBytes / kLine; }
     INLINE_MEMBER int64_t steps() const { return (part_.columns + kStep - 1) / kStep; }
     // Scores, and in the first half of each line weights, of 32 columns: [steps, heads, 32].
     INLINE_MEMBER float* weights_of(int64_t step, int64_t head) const {
@@ -143,7 +144,7 @@ class Heads {
             for (int64_t at = 0; at < width_ * codes_.kBytes; at += kLine) {
                 __m512i words[2];
                 codes_.decode(from.line<kIsFull>(j, at), words);
-                ahead_.fetch(1);
+                ahead_.fetch(j % 4 ? 1 : 0);
                 for (int64_t i = 0; i < codes_.kLines; i++, to += kLine) _mm512_store_si512(to, words[i]);
             }
         }
@@ -184,7 +185,7 @@ class Heads {
             const __mmask16 there = left >= kSide ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
             __m512i lines[kSide];
             for (int64_t i = 0; i < kSide; i++) lines[i] = _mm512_load_si512(products + half * kTile + i * kLine);
-            if (kFormat == kBf16) ahead_.fetch(32);
+            ahead_.fetch(row_lines() * (kFormat == kBf16 ? 8 : 4));
             tiles::transpose(lines);
             __m512 factor = _mm512_set1_ps(part_.scale), bias = _mm512_setzero_ps();
             if (part_.key_scales) factor = _mm512_mul_ps(factor, scales(part_.key_scales + column, there));
@@ -218,9 +219,11 @@ class Heads {
     }
 
     void weigh(float* largest, float* sums) {
+        ahead_ = {part_.values + kAhead, part_.values + part_.columns * bytes_, part_.next};
         Floats sum[kSide] = {};
         for (int64_t h = 0; h < heads_; h++) largest[h] = _mm512_reduce_max_ps((__m512)most_[h]);
         for (int64_t step = 0; step < steps(); step++) {
+            ahead_.fetch(row_lines() * 4);
             Floats scale[2];
             for (int64_t half = 0; part_.value_scales && half < 2; half++) {
                 const int64_t column = step * kStep + half * kSide, left = part_.columns - column;
@@ -252,7 +255,7 @@ class Heads {
             for (int64_t at = 0; at < width_ * codes_.kBytes; at += kLine) {
                 __m512i words[4];
                 codes_.decode_pairs(from.line<kIsFull>(j, at), from.line<kIsFull>(j + 1, at), words);
-                ahead_.fetch(2);
+                ahead_.fetch(j % 16 ? 2 : 0);
                 for (int64_t i = 0; i < 2 * codes_.kLines; i++)
                     _mm512_store_si512(to + (at / kLine * 2 * codes_.kLines + i) * kTile + j / 2 * kLine, words[i]);
             }
@@ -285,7 +288,6 @@ class Heads {
 
     void add_values(float* output) {
         std::memset(sums_, 0, width_ * heads_ * 4);
-        ahead_ = {part_.values + kAhead, part_.values + part_.columns * bytes_, part_.next};
         pair_values(0, 0, kStep, decoded_);
         for (int64_t step = 0; step < steps(); step++) {
             const int64_t turn = step & 1;
