@@ -139,15 +139,19 @@ class Heads {
     // Rows [first, last) of a step as bf16, 2 * width_ bytes each.
     template <bool kIsFull>
     INLINE_MEMBER void decode_keys(const Rows& from, int64_t first, int64_t last, uint8_t* to) {
+        const Codes<kFormat> codes = codes_;  // copies stay in registers
+        const int64_t size = width_ * codes.kBytes;
+        Ahead ahead = ahead_;
         to += first * 2 * width_;
         for (int64_t j = first; j < last; j++) {
-            for (int64_t at = 0; at < width_ * codes_.kBytes; at += kLine) {
+            for (int64_t at = 0; at < size; at += kLine) {
                 __m512i words[2];
-                codes_.decode(from.line<kIsFull>(j, at), words);
-                ahead_.fetch(j % 4 ? 1 : 0);
-                for (int64_t i = 0; i < codes_.kLines; i++, to += kLine) _mm512_store_si512(to, words[i]);
+                codes.decode(from.line<kIsFull>(j, at), words);
+                ahead.fetch(j % 4 ? 1 : 0);
+                for (int64_t i = 0; i < codes.kLines; i++, to += kLine) _mm512_store_si512(to, words[i]);
             }
         }
+        ahead_ = ahead;
     }
 
     INLINE_MEMBER void decode_keys(int64_t step, int64_t first, int64_t last, uint8_t* to) {
@@ -251,15 +255,19 @@ class Heads {
     // Rows [first, last) of a step, two at a time.
     template <bool kIsFull>
     INLINE_MEMBER void pair_values(const Rows& from, int64_t first, int64_t last, uint8_t* to) {
+        const Codes<kFormat> codes = codes_;
+        const int64_t size = width_ * codes.kBytes;
+        Ahead ahead = ahead_;
         for (int64_t j = first; j < last; j += 2) {
-            for (int64_t at = 0; at < width_ * codes_.kBytes; at += kLine) {
+            uint8_t* line = to + j / 2 * kLine;
+            for (int64_t at = 0; at < size; at += kLine) {
                 __m512i words[4];
-                codes_.decode_pairs(from.line<kIsFull>(j, at), from.line<kIsFull>(j + 1, at), words);
-                ahead_.fetch(j % 16 ? 2 : 0);
-                for (int64_t i = 0; i < 2 * codes_.kLines; i++)
-                    _mm512_store_si512(to + (at / kLine * 2 * codes_.kLines + i) * kTile + j / 2 * kLine, words[i]);
+                codes.decode_pairs(from.line<kIsFull>(j, at), from.line<kIsFull>(j + 1, at), words);
+                ahead.fetch(j % 16 ? 2 : 0);
+                for (int64_t i = 0; i < 2 * codes.kLines; i++, line += kTile) _mm512_store_si512(line, words[i]);
             }
         }
+        ahead_ = ahead;
     }
 
     INLINE_MEMBER void pair_values(int64_t step, int64_t first, int64_t last, uint8_t* to) {
