@@ -158,7 +158,7 @@ INLINE bool has_tiles() {
 template <Format kFormat>
 INLINE int64_t scratch_size(const AttentionTask& task) {
 #ifdef LLAMA4_QUANT_TILES
-    if (has_tiles()) return attention_tiles::Heads<kFormat>::scratch_bytes(kPart, task.heads, task.dim) / 4;
+    if (has_tiles()) return attention_tiles::scratch_bytes<kFormat>(kPart, task.heads, task.dim) / 4;
 #endif
     return kTile * task.dim + task.heads * (task.dim + kTile);
 }
@@ -196,8 +196,7 @@ void attend_in_tiles(const AttentionTask& task, const Part& part, float* result,
     const uint16_t* queries = task.queries + (part.row * task.groups + part.group) * heads * dim;
     float *largest = result + heads * dim, *sums = largest + heads;
     for (int64_t h = 0; h < heads; h += attention_tiles::kSide) {
-        attention_tiles::Heads<kFormat> some(own, queries + h * dim, at_most(heads - h, attention_tiles::kSide), (uint8_t*)scratch);
-        some.run(result + h * dim, largest + h, sums + h);
+        attention_tiles::attend<kFormat>(own, queries + h * dim, at_most(heads - h, attention_tiles::kSide), (uint8_t*)scratch, {result + h * dim, largest + h, sums + h});
     }
 }
 #endif

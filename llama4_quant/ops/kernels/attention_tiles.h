@@ -34,7 +34,12 @@ struct Part {  // of one group of one row
 template <Format kFormat>
 struct Codes {
     static constexpr int64_t kBytes = kFormat == kBf16 ? 2 : 1, kLines = 2 / kBytes, kCount = kLine / kBytes;
-    const vectors::Table table = kFormat == kFp8 ? vectors::fp8_table() : vectors::int8_table();
+    const vectors::Table table = table_of_all();
+
+    static const vectors::Table& table_of_all() {  // made once
+        static const vectors::Table all = kFormat == kFp8 ? vectors::fp8_table() : vectors::int8_table();
+        return all;
+    }
 
     static int64_t width(int64_t dim) { return round_up(dim, kCount); }
     static int64_t place(int64_t d) { return kFormat == kBf16 ? d : d / kCount * kCount + vectors::fp8_place(d); }
@@ -68,6 +73,10 @@ struct Rows {
     }
 };
 
+struct Result {
+    float *output, *largest, *sums;  // [heads, dim], not yet divided by the sums; [heads]
+};
+
 // Memory that is fetched a line at a time, each some time before it is read: after `stop` comes `then`.
 struct Ahead {
     const uint8_t *at, *stop, *then;
@@ -78,14 +87,9 @@ struct Ahead {
     }
 };
 
-template <Format kFormat>
+template <Format kFormat, int kWide>  // 8 or 16: heads that there may be
 class Heads {
    public:
-    static int64_t scratch_bytes(int64_t columns, int64_t heads, int64_t dim) {
-        const int64_t width = Codes<kFormat>::width(dim), count = at_most(heads, kSide);
-        return width / 32 * kTile + 4 * kStep * width + 4 * kTile + round_up(columns, kStep) * count * 4 + width * count * 4;
-    }
-
     // `queries`: bf16 [heads, dim].
     Heads(const Part& part, const uint16_t* queries, int64_t heads, uint8_t* scratch)
         : part_(part), heads_(heads), width_(Codes<kFormat>::width(part.dim)), bytes_(part.dim * Codes<kFormat>::kBytes) {
@@ -95,23 +99,21 @@ class Heads {
         sums_ = products_ + 4 * kTile;
         weights_ = sums_ + width_ * heads * 4;
         std::memset(queries_, 0, width_ / 32 * kTile);
-        for (int64_t h = 0; h < heads; h++) {
-            for (int64_t d = 0; d < part.dim; d++) {  // pairs of dims x heads
-                const int64_t place = codes_.place(d);
-                ((uint16_t*)queries_)[(place / 2 * kSide + h) * 2 + place % 2] = queries[h * part.dim + d];
-            }
+        for (int64_t d = 0; d < part.dim; d += 2) {  // pairs of dims x heads
+            uint8_t* line = queries_ + codes_.place(d) / 2 * kLine;
+            for (int64_t h = 0; h < heads; h++) std::memcpy(line + 4 * h, queries + h * part.dim + d, 4);
         }
     }
 
-    // output: [heads, dim], not yet divided by sums; as largest scores and sums, [heads].
-    void run(float* output, float* largest, float* sums) {
+    void run(const Result& result) {
         tiles::Shapes shapes;
-        for (int i = 0; i < 4; i++) shapes.rows[i] = (uint8_t)heads_;
+        for (int i = 0; i < 3; i++) shapes.rows[i] = (uint8_t)heads_;
+        for (int i = 3; i < 6; i++) shapes.bytes[i] = 4 * kWide;
         asm volatile("" ::: "memory");
         _tile_loadconfig(&shapes);
         score();
-        weigh(largest, sums);
-        add_values(output);
+        weigh(result.largest, result.sums);
+        add_values(result.output);
         _tile_release();
     }
 
@@ -129,6 +131,7 @@ class Heads {
     INLINE_MEMBER float* weights_of(int64_t step, int64_t head) const {
         return (float*)(weights_ + (step * heads_ + head) * kStep * 4);
     }
+    INLINE_MEMBER uint8_t* decoded(int64_t step) const { return decoded_ + (step & 1) * 2 * kStep * width_; }
     INLINE_MEMBER Rows rows(const uint8_t* codes, int64_t step) const {
         return {codes + step * kStep * bytes_, bytes_, at_most(kStep, part_.columns - step * kStep)};
     }
@@ -172,33 +175,50 @@ class Heads {
         _tile_zero(4);
         _tile_zero(5);
         for (int64_t d = 0; d < count; d++) {
-            _tile_loadd(7, queries_ + kTile * d, 64);
+            _tile_loadd(3, queries_ + kTile * d, 64);
             _tile_loadd(6, keys + kLine * d, stride);
-            _tile_dpbf16ps(4, 6, 7);
-            _tile_loadd(6, keys + kLine * d + kSide * stride, stride);
-            _tile_dpbf16ps(5, 6, 7);
-            decode_keys(step + 1, kStep * d / count, kStep * (d + 1) / count, next);
+            _tile_dpbf16ps(4, 6, 3);
+            _tile_loadd(7, keys + kLine * d + kSide * stride, stride);
+            _tile_dpbf16ps(5, 7, 3);
+            if (next) decode_keys(step + 1, kStep * d / count, kStep * (d + 1) / count, next);
         }
-        _tile_stored(4, products, 64);
-        _tile_stored(5, products + kTile, 64);
+        _tile_stored(4, products, 4 * kWide);
+        _tile_stored(5, products + kTile, 4 * kWide);
     }
 
     INLINE_MEMBER void scale(int64_t step, const uint8_t* products) {
         for (int64_t half = 0; half < 2; half++) {
             const int64_t column = step * kStep + half * kSide, left = part_.columns - column;
             const __mmask16 there = left >= kSide ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-            __m512i lines[kSide];
-            for (int64_t i = 0; i < kSide; i++) lines[i] = _mm512_load_si512(products + half * kTile + i * kLine);
+            __m512 lines[kWide];
+            for (int64_t i = 0; i < kWide; i++) lines[i] = _mm512_load_ps(products + half * kTile + i * kLine);
             ahead_.fetch(row_lines() * (kFormat == kBf16 ? 8 : 4));
-            tiles::transpose(lines);
+            by_head(lines);
             __m512 factor = _mm512_set1_ps(part_.scale), bias = _mm512_setzero_ps();
             if (part_.key_scales) factor = _mm512_mul_ps(factor, scales(part_.key_scales + column, there));
             if (part_.bias) bias = _mm512_maskz_loadu_ps(there, part_.bias + column);
             for (int64_t h = 0; h < heads_; h++) {
-                const __m512 score = _mm512_fmadd_ps(_mm512_castsi512_ps(lines[h]), factor, bias);
+                const __m512 score = _mm512_fmadd_ps(lines[h], factor, bias);
                 const __m512 all = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), there, score);
                 most_[h] = (Floats)_mm512_max_ps(all, (__m512)most_[h]);  // of a NaN, what there was
                 _mm512_store_ps(weights_of(step, h) + half * kSide, all);
+            }
+        }
+    }
+
+    // 16 columns x kWide heads become kWide heads x 16 columns: each round moves one bit of the number of the head from
+    // places in a vector to the number of the vector, and one of the column back.
+    static INLINE_MEMBER void by_head(__m512* lines) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+#pragma GCC unroll 4
+        for (int bit = 1; bit < kWide; bit *= 2) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kWide; i++) {
+                if (i & bit) continue;
+                const __m512 first = lines[i], second = lines[i + bit];
+                lines[i] = _mm512_permutex2var_ps(first, even, second);
+                lines[i + bit] = _mm512_permutex2var_ps(first, odd, second);
             }
         }
     }
@@ -215,8 +235,7 @@ class Heads {
         for (int64_t step = 0; step <= steps(); step++) {
             const int64_t turn = step & 1;
             if (step < steps()) {
-                multiply_keys(step, decoded_ + turn * 2 * kStep * width_, products_ + turn * 2 * kTile,
-                              decoded_ + (turn ^ 1) * 2 * kStep * width_);
+                multiply_keys(step, decoded(step), products_ + turn * 2 * kTile, step + 1 < steps() ? decoded(step + 1) : nullptr);
             }
             if (step) scale(step - 1, products_ + (turn ^ 1) * 2 * kTile);
         }
@@ -288,7 +307,7 @@ class Heads {
             _tile_loadd(7, values + (2 * pair + 1) * kTile, 64);
             _tile_loadd(2, second, 64);
             _tile_dpbf16ps(2, 0, 7);
-            pair_values(step + 1, kStep / 2 * pair / count * 2, kStep / 2 * (pair + 1) / count * 2, next);
+            if (next) pair_values(step + 1, kStep / 2 * pair / count * 2, kStep / 2 * (pair + 1) / count * 2, next);
             _tile_stored(1, first, 64);
             _tile_stored(2, second, 64);
         }
@@ -298,8 +317,7 @@ class Heads {
         std::memset(sums_, 0, width_ * heads_ * 4);
         pair_values(0, 0, kStep, decoded_);
         for (int64_t step = 0; step < steps(); step++) {
-            const int64_t turn = step & 1;
-            multiply_values(step, decoded_ + turn * 2 * kStep * width_, decoded_ + (turn ^ 1) * 2 * kStep * width_);
+            multiply_values(step, decoded(step), step + 1 < steps() ? decoded(step + 1) : nullptr);
         }
         for (int64_t d = 0; d < part_.dim; d += 4) {  // as `decode_pairs` orders them
             const int64_t lines = 2 * codes_.kLines, tile = d / codes_.kCount * lines + d / 4 % lines;
@@ -309,5 +327,18 @@ class Heads {
         }
     }
 };
+
+template <Format kFormat>
+INLINE int64_t scratch_bytes(int64_t columns, int64_t heads, int64_t dim) {
+    const int64_t width = Codes<kFormat>::width(dim), count = at_most(heads, kSide);
+    return width / 32 * kTile + 4 * kStep * width + 4 * kTile + round_up(columns, kStep) * count * 4 + width * count * 4;
+}
+
+// `heads` of at most 16, whose queries are bf16 [heads, dim].
+template <Format kFormat>
+INLINE void attend(const Part& part, const uint16_t* queries, int64_t heads, uint8_t* scratch, const Result& result) {
+    if (heads <= kSide / 2) Heads<kFormat, kSide / 2>(part, queries, heads, scratch).run(result);
+    else Heads<kFormat, kSide>(part, queries, heads, scratch).run(result);
+}
 
 }  // namespace attention_tiles
