@@ -1,10 +1,10 @@
 // Attention of one query per head to keys and values that lie in a cache as they are stored: bf16, FP8 or int8.
 //
-// Heads that share keys are computed together, so every byte of the cache is read and decoded once. Columns are taken in
-// tiles: keys become float32, in the first cache, and are multiplied with all queries; then values. A softmax that does
-// not know all its scores yet keeps the largest so far and rescales (Milakov and Gimelshein 2018, arXiv 1805.02867).
-// Columns are also split into parts of a fixed size, which threads share, and which are put together in order: results do
-// not depend on the number of threads.
+// Heads that share keys are computed together, so every byte of the cache is read and decoded once. Columns are split into
+// parts of a fixed size, which threads share, and which are put together in order: results do not depend on the number of
+// threads. The matrix unit computes a part in attention_tiles.h. Other processors take columns in tiles: keys become
+// float32, in the first cache, and are multiplied with all queries; then values. A softmax that does not know all its
+// scores yet keeps the largest so far and rescales (Milakov and Gimelshein 2018, arXiv 1805.02867).
 
 #include <cmath>
 #include <utility>
@@ -195,8 +195,10 @@ void attend_in_tiles(const AttentionTask& task, const Part& part, float* result,
     };
     const uint16_t* queries = task.queries + (part.row * task.groups + part.group) * heads * dim;
     float *largest = result + heads * dim, *sums = largest + heads;
-    for (int64_t h = 0; h < heads; h += attention_tiles::kSide) {
-        attention_tiles::attend<kFormat>(own, queries + h * dim, at_most(heads - h, attention_tiles::kSide), (uint8_t*)scratch, {result + h * dim, largest + h, sums + h});
+    for (int64_t h = 0; h < heads; h += tiles::kSide) {
+        const attention_tiles::Result of_some = {result + h * dim, largest + h, sums + h};
+        const int64_t count = at_most(heads - h, tiles::kSide);
+        attention_tiles::attend<kFormat>(own, queries + h * dim, count, (uint8_t*)scratch, of_some);
     }
 }
 #endif

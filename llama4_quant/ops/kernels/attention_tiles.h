@@ -4,12 +4,15 @@
 // First keys: tiles of 16 columns x 32 dims, in bf16 the cache's own memory, times tiles of 32 dims x 16 heads make
 // scores; with all scores of the part known, weights are e^(score - largest), rounded to bf16. Then values: tiles of heads
 // x 32 columns times tiles of 32 columns x 16 dims, for which two columns at a time are interleaved. Codes of one byte
-// become bf16 on the way. While one step is decoded the matrix unit works on the step before, and memory is read ahead:
-// behind the keys come the values, behind these what the caller reads next.
+// become bf16 on the way. While one step is decoded the matrix unit works on the step before.
+//
+// Memory is never idle: lines are fetched into the second cache all the time, a few after every few instructions, since a
+// processor that waits for room to fetch does nothing else. Behind the keys come the values, behind these what the caller
+// reads next.
 
 #pragma once
 
-#include "codes.h"
+#include "cache_rows.h"
 #include "floats.h"
 #include "matrix_unit.h"
 
@@ -17,80 +20,29 @@ namespace attention_tiles {
 
 using tiles::kSide;
 
-constexpr int64_t kStep = 32;    // columns
-constexpr int64_t kTile = 1024;  // bytes
-constexpr int64_t kAhead = 16384;  // bytes
+constexpr int64_t kStep = 32;      // columns
+constexpr int64_t kTile = 1024;    // bytes
+constexpr int64_t kAhead = 16384;  // bytes from what is read to what is fetched
 
-struct Part {  // of one group of one row
-    const uint8_t *keys, *values;                // [columns, dim]
+// Some columns of one group of one row.
+struct Part {
+    const uint8_t *keys, *values;               // [columns, dim]
     const uint16_t *key_scales, *value_scales;  // bf16 [columns], or null
-    const float* bias;                           // [columns], or null
-    const uint8_t* next;                         // what is read afterwards
+    const float* bias;                          // [columns], or null
+    const uint8_t* next;                        // what is read afterwards
     int64_t columns, dim;
     float scale;  // of all scores
-};
-
-// A line of 64 bytes of a row of codes is kLines of bf16.
-template <Format kFormat>
-struct Codes {
-    static constexpr int64_t kBytes = kFormat == kBf16 ? 2 : 1, kLines = 2 / kBytes, kCount = kLine / kBytes;
-    const vectors::Table table = table_of_all();
-
-    static const vectors::Table& table_of_all() {  // made once
-        static const vectors::Table all = kFormat == kFp8 ? vectors::fp8_table() : vectors::int8_table();
-        return all;
-    }
-
-    static int64_t width(int64_t dim) { return round_up(dim, kCount); }
-    static int64_t place(int64_t d) { return kFormat == kBf16 ? d : d / kCount * kCount + vectors::fp8_place(d); }
-
-    INLINE_MEMBER void decode(__m512i codes, __m512i* words) const {
-        if (kFormat == kBf16) words[0] = codes;
-        else if (kFormat == kFp8) vectors::decode_fp8(codes, table, words[0], words[1]);
-        else vectors::decode_int8(codes, table, words[0], words[1]);
-    }
-
-    // Of two rows, as 2 * kLines lines of pairs. Line i has of each 128 bits of a row the i-th four codes.
-    INLINE_MEMBER void decode_pairs(__m512i a, __m512i b, __m512i* words) const {
-        if (kFormat == kBf16) {
-            words[0] = _mm512_unpacklo_epi16(a, b), words[1] = _mm512_unpackhi_epi16(a, b);
-        } else {
-            decode(_mm512_unpacklo_epi8(a, b), words);
-            decode(_mm512_unpackhi_epi8(a, b), words + 2);
-        }
-    }
-};
-
-// Lines of rows, where some are missing at the end; zeros there.
-struct Rows {
-    const uint8_t* first;
-    int64_t bytes, count;
-
-    template <bool kIsFull>
-    INLINE_MEMBER __m512i line(int64_t row, int64_t at) const {
-        if (kIsFull) return _mm512_loadu_si512(first + row * bytes + at);
-        return row < count ? vectors::load_bytes(first + row * bytes + at, bytes - at) : _mm512_setzero_si512();
-    }
 };
 
 struct Result {
     float *output, *largest, *sums;  // [heads, dim], not yet divided by the sums; [heads]
 };
 
-// Memory that is fetched a line at a time, each some time before it is read: after `stop` comes `then`.
-struct Ahead {
-    const uint8_t *at, *stop, *then;
-
-    INLINE_MEMBER void fetch(int64_t lines) {
-        for (int64_t i = 0; i < lines; i++, at += kLine) _mm_prefetch((const char*)at, _MM_HINT_T1);
-        if (at >= stop) at = then + (at - stop), stop = (const uint8_t*)UINTPTR_MAX;
-    }
-};
-
-template <Format kFormat, int kWide>  // 8 or 16: heads that there may be
+// Tiles 0 to 2 have a row for each head: weights, and sums of results. 3 to 5 have a column for each of kWide heads:
+// queries, and scores. 6 and 7 are whole: keys or values.
+template <Format kFormat, int kWide>  // 8 or 16
 class Heads {
    public:
-    // `queries`: bf16 [heads, dim].
     Heads(const Part& part, const uint16_t* queries, int64_t heads, uint8_t* scratch)
         : part_(part), heads_(heads), width_(Codes<kFormat>::width(part.dim)), bytes_(part.dim * Codes<kFormat>::kBytes) {
         queries_ = scratch;
@@ -119,19 +71,23 @@ class Heads {
 
    private:
     const Part& part_;
-    const int64_t heads_, width_, bytes_;
+    const int64_t heads_, width_, bytes_;  // width: dims as tiles have them, padded; bytes: of a row of codes
     const Codes<kFormat> codes_;
-    uint8_t *queries_, *decoded_, *products_, *sums_, *weights_;
-    Floats most_[kSide];
+    uint8_t* queries_;   // tiles of 16 pairs of dims x 16 heads
+    uint8_t* decoded_;   // two steps of keys [32, width] or of values, tiles of 16 pairs of columns x 16 dims
+    uint8_t* products_;  // two steps of two tiles of 16 columns x kWide heads
+    uint8_t* sums_;      // tiles of heads x 16 dims
+    uint8_t* weights_;   // [steps, heads, 32] scores; in the first half of each line weights take their place
+    Floats most_[kWide];
     Ahead ahead_;
 
     INLINE_MEMBER int64_t row_lines() const { return width_ * Codes<kFormat>::kBytes / kLine; }
     INLINE_MEMBER int64_t steps() const { return (part_.columns + kStep - 1) / kStep; }
-    // Scores, and in the first half of each line weights, of 32 columns: [steps, heads, 32].
     INLINE_MEMBER float* weights_of(int64_t step, int64_t head) const {
         return (float*)(weights_ + (step * heads_ + head) * kStep * 4);
     }
     INLINE_MEMBER uint8_t* decoded(int64_t step) const { return decoded_ + (step & 1) * 2 * kStep * width_; }
+    INLINE_MEMBER uint8_t* products_of(int64_t step) const { return products_ + (step & 1) * 2 * kTile; }
     INLINE_MEMBER Rows rows(const uint8_t* codes, int64_t step) const {
         return {codes + step * kStep * bytes_, bytes_, at_most(kStep, part_.columns - step * kStep)};
     }
@@ -139,7 +95,15 @@ class Heads {
         return (step + 1) * kStep <= part_.columns && part_.dim == width_;
     }
 
-    // Rows [first, last) of a step as bf16, 2 * width_ bytes each.
+    // Lanes of the 16 columns from `column` on that there are.
+    INLINE_MEMBER __mmask16 there(int64_t column) const {
+        const int64_t left = part_.columns - column;
+        return left >= kSide ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    }
+
+    // ---- Keys: three of four lines are fetched during products, the last while scores are scaled ----
+
+    // Rows [first, last) of a step as bf16.
     template <bool kIsFull>
     INLINE_MEMBER void decode_keys(const Rows& from, int64_t first, int64_t last, uint8_t* to) {
         const Codes<kFormat> codes = codes_;  // copies stay in registers
@@ -157,20 +121,21 @@ class Heads {
         ahead_ = ahead;
     }
 
-    INLINE_MEMBER void decode_keys(int64_t step, int64_t first, int64_t last, uint8_t* to) {
+    INLINE_MEMBER void decode_keys(int64_t step, int64_t first, int64_t last) {
         const Rows from = rows(part_.keys, step);
-        if (is_stored(step)) ahead_.fetch(2 * (last - first));
-        else if (is_full(step)) decode_keys<true>(from, first, last, to);
-        else decode_keys<false>(from, first, last, to);
+        if (is_stored(step)) ahead_.fetch(row_lines() * (last - first) / 2);
+        else if (is_full(step)) decode_keys<true>(from, first, last, decoded(step));
+        else decode_keys<false>(from, first, last, decoded(step));
     }
 
     // Whether tiles are the cache's own memory.
     INLINE_MEMBER bool is_stored(int64_t step) const { return kFormat == kBf16 && is_full(step); }
 
     // Products of one step; meanwhile keys of the next are decoded.
-    INLINE_MEMBER void multiply_keys(int64_t step, const uint8_t* keys, uint8_t* products, uint8_t* next) {
+    INLINE_MEMBER void multiply_keys(int64_t step) {
         const int64_t stride = 2 * width_, count = width_ / 32;
-        if (is_stored(step)) keys = rows(part_.keys, step).first;
+        const uint8_t* keys = is_stored(step) ? rows(part_.keys, step).first : decoded(step);
+        uint8_t* products = products_of(step);
         asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
         _tile_zero(4);
         _tile_zero(5);
@@ -180,26 +145,28 @@ class Heads {
             _tile_dpbf16ps(4, 6, 3);
             _tile_loadd(7, keys + kLine * d + kSide * stride, stride);
             _tile_dpbf16ps(5, 7, 3);
-            if (next) decode_keys(step + 1, kStep * d / count, kStep * (d + 1) / count, next);
+            if (step + 1 < steps()) decode_keys(step + 1, kStep * d / count, kStep * (d + 1) / count);
         }
         _tile_stored(4, products, 4 * kWide);
         _tile_stored(5, products + kTile, 4 * kWide);
     }
 
-    INLINE_MEMBER void scale(int64_t step, const uint8_t* products) {
+    // Products become scores [heads, 32].
+    INLINE_MEMBER void scale(int64_t step) {
+        const uint8_t* products = products_of(step);
         for (int64_t half = 0; half < 2; half++) {
-            const int64_t column = step * kStep + half * kSide, left = part_.columns - column;
-            const __mmask16 there = left >= kSide ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+            const int64_t column = step * kStep + half * kSide;
+            const __mmask16 lanes = there(column);
             __m512 lines[kWide];
             for (int64_t i = 0; i < kWide; i++) lines[i] = _mm512_load_ps(products + half * kTile + i * kLine);
-            ahead_.fetch(row_lines() * (kFormat == kBf16 ? 8 : 4));
+            ahead_.fetch(row_lines() * (kFormat == kBf16 ? 8 : 4));  // bf16 has little to do otherwise
             by_head(lines);
             __m512 factor = _mm512_set1_ps(part_.scale), bias = _mm512_setzero_ps();
-            if (part_.key_scales) factor = _mm512_mul_ps(factor, scales(part_.key_scales + column, there));
-            if (part_.bias) bias = _mm512_maskz_loadu_ps(there, part_.bias + column);
+            if (part_.key_scales) factor = _mm512_mul_ps(factor, scales(part_.key_scales + column, lanes));
+            if (part_.bias) bias = _mm512_maskz_loadu_ps(lanes, part_.bias + column);
             for (int64_t h = 0; h < heads_; h++) {
                 const __m512 score = _mm512_fmadd_ps(lines[h], factor, bias);
-                const __m512 all = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), there, score);
+                const __m512 all = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), lanes, score);
                 most_[h] = (Floats)_mm512_max_ps(all, (__m512)most_[h]);  // of a NaN, what there was
                 _mm512_store_ps(weights_of(step, h) + half * kSide, all);
             }
@@ -231,27 +198,26 @@ class Heads {
     void score() {
         for (int64_t h = 0; h < heads_; h++) most_[h] = Floats{} - __builtin_inff();
         ahead_ = {part_.keys + kAhead, part_.keys + part_.columns * bytes_, part_.values};
-        decode_keys(0, 0, kStep, decoded_);
+        decode_keys(0, 0, kStep);
         for (int64_t step = 0; step <= steps(); step++) {
-            const int64_t turn = step & 1;
-            if (step < steps()) {
-                multiply_keys(step, decoded(step), products_ + turn * 2 * kTile, step + 1 < steps() ? decoded(step + 1) : nullptr);
-            }
-            if (step) scale(step - 1, products_ + (turn ^ 1) * 2 * kTile);
+            if (step < steps()) multiply_keys(step);
+            if (step) scale(step - 1);
         }
     }
 
+    // ---- Weights and values: one of eight lines is fetched with weights, the others during products ----
+
+    // The sum is that of the weights as they are rounded; where these have the scales of values in them, of the others.
     void weigh(float* largest, float* sums) {
         ahead_ = {part_.values + kAhead, part_.values + part_.columns * bytes_, part_.next};
-        Floats sum[kSide] = {};
+        Floats sum[kWide] = {};
         for (int64_t h = 0; h < heads_; h++) largest[h] = _mm512_reduce_max_ps((__m512)most_[h]);
         for (int64_t step = 0; step < steps(); step++) {
             ahead_.fetch(row_lines() * 4);
-            Floats scale[2];
+            Floats scale[2] = {};
             for (int64_t half = 0; part_.value_scales && half < 2; half++) {
-                const int64_t column = step * kStep + half * kSide, left = part_.columns - column;
-                const __mmask16 there = left >= kSide ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-                scale[half] = (Floats)scales(part_.value_scales + column, there);
+                const int64_t column = step * kStep + half * kSide;
+                scale[half] = (Floats)scales(part_.value_scales + column, there(column));
             }
             for (int64_t h = 0; h < heads_; h++) {
                 float* own = weights_of(step, h);
@@ -289,14 +255,16 @@ class Heads {
         ahead_ = ahead;
     }
 
-    INLINE_MEMBER void pair_values(int64_t step, int64_t first, int64_t last, uint8_t* to) {
+    INLINE_MEMBER void pair_values(int64_t step, int64_t first, int64_t last) {
         const Rows from = rows(part_.values, step);
-        is_full(step) ? pair_values<true>(from, first, last, to) : pair_values<false>(from, first, last, to);
+        if (is_full(step)) pair_values<true>(from, first, last, decoded(step));
+        else pair_values<false>(from, first, last, decoded(step));
     }
 
     // Products of one step; meanwhile values of the next are decoded.
-    INLINE_MEMBER void multiply_values(int64_t step, const uint8_t* values, uint8_t* next) {
+    INLINE_MEMBER void multiply_values(int64_t step) {
         const int64_t count = width_ / 32;
+        const uint8_t* values = decoded(step);
         asm volatile("" ::: "memory");
         _tile_loadd(0, weights_of(step, 0), kStep * 4);
         for (int64_t pair = 0; pair < count; pair++) {
@@ -307,7 +275,8 @@ class Heads {
             _tile_loadd(7, values + (2 * pair + 1) * kTile, 64);
             _tile_loadd(2, second, 64);
             _tile_dpbf16ps(2, 0, 7);
-            if (next) pair_values(step + 1, kStep / 2 * pair / count * 2, kStep / 2 * (pair + 1) / count * 2, next);
+            if (step + 1 < steps())
+                pair_values(step + 1, kStep / 2 * pair / count * 2, kStep / 2 * (pair + 1) / count * 2);
             _tile_stored(1, first, 64);
             _tile_stored(2, second, 64);
         }
@@ -315,10 +284,8 @@ class Heads {
 
     void add_values(float* output) {
         std::memset(sums_, 0, width_ * heads_ * 4);
-        pair_values(0, 0, kStep, decoded_);
-        for (int64_t step = 0; step < steps(); step++) {
-            multiply_values(step, decoded(step), step + 1 < steps() ? decoded(step + 1) : nullptr);
-        }
+        pair_values(0, 0, kStep);
+        for (int64_t step = 0; step < steps(); step++) multiply_values(step);
         for (int64_t d = 0; d < part_.dim; d += 4) {  // as `decode_pairs` orders them
             const int64_t lines = 2 * codes_.kLines, tile = d / codes_.kCount * lines + d / 4 % lines;
             const int64_t at = d % codes_.kCount / (4 * lines) * 16;
