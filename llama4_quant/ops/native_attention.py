@@ -1,7 +1,8 @@
 """Attention of single queries to a cache, as a compiled kernel: keys and values are read as they are stored, once.
 
 `CACHE_ATTENTION` is what a decoding step does with a layer's cache, which lies in one or several pieces; `reference`
-says what it computes. Sums are float32; results do not depend on the number of threads.
+says what it computes. Sums are float32; weights are too, or, by the matrix unit, bf16. Results do not depend on the
+number of threads.
 
 Shape letters: B batch, D head dimension, G key-value heads, R query heads that share keys, S columns.
 """
@@ -19,7 +20,17 @@ from torch import Tensor
 from llama4_quant.native import compile_and_load
 from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
 
-SOURCES = ("attention.cpp", "activations.h", "floats.h", "task.h")
+SOURCES = (
+    "attention.cpp",
+    "task.h",
+    "instructions.h",
+    "activations.h",
+    "floats.h",
+    "codes.h",
+    "cache_rows.h",
+    "matrix_unit.h",
+    "attention_tiles.h",
+)
 DIM_MULTIPLE = 16
 FORMATS = {torch.bfloat16: 0, torch.float8_e4m3fn: 2, torch.int8: 3}
 """As `enum Format` in task.h."""

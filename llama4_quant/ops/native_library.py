@@ -11,10 +11,13 @@ from llama4_quant.ops.native_program import kernel_program
 SOURCES = (
     "matmul.cpp",
     "task.h",
+    "instructions.h",
     "activations.h",
     "floats.h",
     "portable.h",
+    "codes.h",
     "vectors.h",
+    "matrix_unit.h",
     "unpack.h",
     "tiles.h",
     "fast.h",

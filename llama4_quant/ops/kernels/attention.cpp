@@ -1,10 +1,10 @@
 // Attention of one query per head to keys and values that lie in a cache as they are stored: bf16, FP8 or int8.
 //
-// Heads that share keys are computed together, so every byte of the cache is read and decoded once. Columns are taken in
-// tiles: keys become float32, in the first cache, and are multiplied with all queries; then values. A softmax that does
-// not know all its scores yet keeps the largest so far and rescales (Milakov and Gimelshein 2018, arXiv 1805.02867).
-// Columns are also split into parts of a fixed size, which threads share, and which are put together in order: results do
-// not depend on the number of threads.
+// Heads that share keys are computed together, so every byte of the cache is read and decoded once. Columns are split into
+// parts of a fixed size, which threads share, and which are put together in order: results do not depend on the number of
+// threads. The matrix unit computes a part in attention_tiles.h. Other processors take columns in tiles: keys become
+// float32, in the first cache, and are multiplied with all queries; then values. A softmax that does not know all its
+// scores yet keeps the largest so far and rescales (Milakov and Gimelshein 2018, arXiv 1805.02867).
 
 #include <omp.h>
 
@@ -13,6 +13,11 @@
 
 #include "activations.h"
 #include "floats.h"
+#include "instructions.h"
+
+#ifdef LLAMA4_QUANT_TILES
+#include "attention_tiles.h"
+#endif
 
 // Fields as in native_attention.py. Consecutive columns that lie together; strides of codes are in bytes, others in elements.
 struct Piece {
@@ -152,19 +157,74 @@ INLINE void weigh(float* scores, int64_t dim, float* output, float* largest, flo
     for (int64_t lane = 0; lane < kLanes; lane++) *sum += added[lane];
 }
 
-INLINE int64_t scratch_size(const AttentionTask& task) {
-    return kTile * task.dim + task.heads * (task.dim + kTile);
-}
-
 // Columns [start, stop) of a piece, of one group of one row.
 struct Part {
     const Piece* piece;
     int64_t row, group, start, stop;
 };
 
+INLINE bool has_tiles() {
+#ifdef LLAMA4_QUANT_TILES
+    return tiles::allowed();
+#else
+    return false;
+#endif
+}
+
+template <Format kFormat>
+INLINE int64_t scratch_size(const AttentionTask& task) {
+#ifdef LLAMA4_QUANT_TILES
+    if (has_tiles()) return attention_tiles::scratch_bytes<kFormat>(kPart, task.heads, task.dim) / 4;
+#endif
+    return kTile * task.dim + task.heads * (task.dim + kTile);
+}
+
+#ifdef LLAMA4_QUANT_TILES
+// The keys of the part after this one.
+INLINE const uint8_t* keys_after(const AttentionTask& task, const Part& part, int64_t column_bytes) {
+    const Piece& piece = *part.piece;
+    const bool is_last = part.piece == task.pieces + task.num_pieces - 1;
+    if (part.stop < piece.columns) {
+        return piece.keys + part.row * piece.row_stride + part.group * piece.group_stride + part.stop * column_bytes;
+    }
+    const int64_t pair = part.row * task.groups + part.group + (is_last ? 1 : 0);
+    const Piece& after = is_last ? *task.pieces : part.piece[1];
+    return after.keys + pair / task.groups * after.row_stride + pair % task.groups * after.group_stride;
+}
+
+template <Format kFormat>
+void attend_in_tiles(const AttentionTask& task, const Part& part, float* result, float* scratch) {
+    const Piece& piece = *part.piece;
+    const int64_t heads = task.heads, dim = task.dim, column_bytes = dim * (kFormat == kBf16 ? 2 : 1);
+    const int64_t codes = part.row * piece.row_stride + part.group * piece.group_stride + part.start * column_bytes;
+    const int64_t scales = part.row * piece.scale_row_stride + part.group * piece.scale_group_stride + part.start;
+    const attention_tiles::Part own = {
+        piece.keys + codes,
+        piece.values + codes,
+        piece.key_scales ? piece.key_scales + scales : nullptr,
+        piece.value_scales ? piece.value_scales + scales : nullptr,
+        task.bias ? task.bias + part.row * task.bias_stride + piece.first + part.start : nullptr,
+        keys_after(task, part, column_bytes),
+        part.stop - part.start,
+        dim,
+        task.key_scale,
+    };
+    const uint16_t* queries = task.queries + (part.row * task.groups + part.group) * heads * dim;
+    float *largest = result + heads * dim, *sums = largest + heads;
+    for (int64_t h = 0; h < heads; h += tiles::kSide) {
+        const attention_tiles::Result of_some = {result + h * dim, largest + h, sums + h};
+        const int64_t count = at_most(heads - h, tiles::kSide);
+        attention_tiles::attend<kFormat>(own, queries + h * dim, count, (uint8_t*)scratch, of_some);
+    }
+}
+#endif
+
 // For each head of a part its output, not yet divided by its sum; then largest scores, then sums.
 template <Format kFormat>
 void attend_part(const AttentionTask& task, const Part& part, float* result, float* scratch) {
+#ifdef LLAMA4_QUANT_TILES
+    if (has_tiles()) return attend_in_tiles<kFormat>(task, part, result, scratch);
+#endif
     const Piece& piece = *part.piece;
     const int64_t heads = task.heads, dim = task.dim, code_bytes = kFormat == kBf16 ? 2 : 1;
     float *tile = scratch, *queries = tile + kTile * dim, *scores = queries + heads * dim;
@@ -243,7 +303,7 @@ int32_t attend(const AttentionTask& task) {
     }
     const int64_t pairs = task.rows * task.groups, part_size = task.heads * (task.dim + 2);
     const int32_t threads = pairs * columns * task.dim < kAlone ? 1 : task.threads;
-    const int64_t of_thread = round_up(scratch_size(task), kLine);
+    const int64_t of_thread = round_up(scratch_size<kFormat>(task), kLine);
     float* parts = allocate<float>(pairs * num_parts * part_size + threads * of_thread + kLine);
     if (!parts) return 1;
     float* scratch = parts + round_up(pairs * num_parts * part_size, kLine);

@@ -2,11 +2,10 @@
 
 #pragma once
 
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-#define LLAMA4_QUANT_FAST 1
+#include "instructions.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
-#define LLAMA4_QUANT_TILES 1
+#ifdef LLAMA4_QUANT_FAST
+#ifdef LLAMA4_QUANT_TILES
 #include "tiles.h"
 #else
 #include "vectors.h"

@@ -28,13 +28,6 @@ INLINE void decode_int4(const uint8_t* from, int64_t count, float* to) {
     }
 }
 
-INLINE float from_e4m3(uint8_t code) {
-    const uint32_t magnitude = code & 0x7Fu, sign = (uint32_t)(code & 0x80) << 24;
-    const uint32_t normal = (magnitude << 20) + (120u << 23), subnormal = bits<uint32_t>((float)magnitude * 0x1p-9f);
-    const uint32_t number = magnitude < 8 ? subnormal : normal;
-    return bits<float>((magnitude == 0x7F ? 0x7FC00000u : number) | sign);
-}
-
 template <Format kFormat>
 INLINE void decode(const uint8_t* row, int64_t k, int64_t count, float* to) {
     if (kFormat == kInt4) decode_int4(row + k / 2, count, to);

@@ -58,6 +58,13 @@ INLINE uint16_t to_bf16(float value) {  // to nearest, ties to even; a NaN stays
     return (uint16_t)((word & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : nearest);  // no branch: loops become vectors
 }
 
+INLINE float from_e4m3(uint8_t code) {
+    const uint32_t magnitude = code & 0x7Fu, sign = (uint32_t)(code & 0x80) << 24;
+    const uint32_t normal = (magnitude << 20) + (120u << 23), subnormal = bits<uint32_t>((float)magnitude * 0x1p-9f);
+    const uint32_t number = magnitude < 8 ? subnormal : normal;
+    return bits<float>((magnitude == 0x7F ? 0x7FC00000u : number) | sign);
+}
+
 INLINE int64_t row_bytes(const Task& task) {
     switch (task.format) {
         case kBf16: return 2 * task.inputs;

@@ -9,9 +9,6 @@
 
 #pragma once
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "unpack.h"
 
 namespace tiles {
@@ -25,21 +22,6 @@ constexpr int64_t kPanel = kManyDepth * kPair;  // bytes
 constexpr int64_t kSums = 4 * kTile;            // bytes of sums of 32 outputs with 32 rows
 constexpr int64_t kSumsAtOnce = 128;            // of these, 512 KiB
 constexpr int64_t kKept = 1200 << 10;           // bytes of activations that stay in the second cache
-
-// Linux keeps the matrix unit for processes that ask.
-INLINE bool allowed() {
-    static const bool is_allowed = [] {
-        constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-        return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-    }();
-    return is_allowed;
-}
-
-struct alignas(64) Shapes {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // ---- Panels ----
 

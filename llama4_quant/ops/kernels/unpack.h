@@ -6,11 +6,11 @@
 
 #pragma once
 
+#include "matrix_unit.h"
 #include "vectors.h"
 
 namespace tiles {
 
-constexpr int64_t kSide = 16;    // rows and outputs of a tile
 constexpr int64_t kInputs = 32;  // inputs of a tile
 constexpr int64_t kTile = 1024;  // bytes of a tile
 constexpr int64_t kSlice = 8;    // tiles of inputs of activations that lie together

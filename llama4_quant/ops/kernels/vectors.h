@@ -8,10 +8,9 @@
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <type_traits>
 
+#include "codes.h"
 #include "portable.h"
 
 namespace vectors {
@@ -21,10 +20,6 @@ constexpr int64_t kAhead = 4096;      // bytes: how far memory is read ahead int
 constexpr float kFixedMost = 32600;  // a little less than 127 * 257, which two signed bytes hold
 
 INLINE __m512 dot_bf16(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-
-INLINE __m512i load_bytes(const uint8_t* from, int64_t count) {  // then zeros
-    return _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : (1ull << count) - 1, from);
-}
 
 // ---- Activations ----
 
@@ -129,9 +124,6 @@ INLINE void prepare_int8(const uint16_t* x, int64_t size, uint8_t* to) {
     }
 }
 
-// Place in a line of 64 words of the input that `decode_fp8` gives there.
-constexpr int64_t fp8_place(int64_t k) { return k % 64 / 16 * 8 + k % 8 + (k % 16 < 8 ? 0 : 32); }
-
 // Inputs from `first` on, a multiple of 64.
 INLINE void order_fp8(const uint16_t* codes, int64_t first, int64_t size, uint16_t* to) {
     alignas(64) static constexpr auto kInput = [] {
@@ -184,29 +176,6 @@ INLINE __m512 group_scales(const uint16_t* from, int64_t bytes) {
     const __m512i all = _mm512_set1_epi64((int64_t)words);
     return _mm512_castsi512_ps(
         _mm512_maskz_shuffle_epi8(0xCCCCCCCCCCCCCCCCull, all, _mm512_load_si512(&kPlaces)));
-}
-
-struct Table {  // of e4m3 magnitudes as bf16: lower and upper bytes
-    __m512i low[2], high[2];
-};
-
-INLINE Table fp8_table() {
-    alignas(64) uint8_t low[128], high[128];
-    for (int code = 0; code < 128; code++) {
-        const uint16_t word = to_bf16(portable::from_e4m3((uint8_t)code));
-        low[code] = (uint8_t)word, high[code] = (uint8_t)(word >> 8);
-    }
-    return {{_mm512_load_si512(low), _mm512_load_si512(low + 64)},
-            {_mm512_load_si512(high), _mm512_load_si512(high + 64)}};
-}
-
-// 64 codes as bf16: of each 16 of them the first eight, then the others (see `fp8_place`).
-INLINE void decode_fp8(__m512i codes, const Table& table, __m512i& first, __m512i& second) {
-    const __m512i low = _mm512_permutex2var_epi8(table.low[0], codes, table.low[1]);
-    const __m512i magnitude = _mm512_permutex2var_epi8(table.high[0], codes, table.high[1]);
-    const __m512i high = _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8((char)0x80), 0xF8);  // a | b & c
-    first = _mm512_unpacklo_epi8(low, high);
-    second = _mm512_unpackhi_epi8(low, high);
 }
 
 // ---- Products: kOutputs rows of weights with kRows rows of activations ----
