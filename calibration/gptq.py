@@ -6,10 +6,10 @@ for itself:
 
 - **GPTQ** (arXiv 2210.17323) fixes one column after the other, each so that it also makes up for the errors of those
   before it. Columns go by falling diag(H) ("static activation ordering": groups and their scales stay those of the
-  original order, so nothing but the codes changes on disk). The paper spreads errors over what is still free by a factor
-  of H^-1. The same follows from one factor of H itself, H = R R^T with R upper triangular (as in LDLQ, arXiv 2307.13304):
-  the cost is the sum over columns j of `R_jj^2 (target_j - q_j)^2` with `target_j = w_j + sum over i < j of (w_i - q_i)
-  R_ij / R_jj`. That is a quarter of the arithmetic of inverting H, and gives the cost on the way.
+  original order, so nothing but the codes changes on disk). The paper spreads errors over what is still free by a
+  factor of H^-1. The same follows from one factor of H itself, H = R R^T with R upper triangular (as in LDLQ, arXiv
+  2307.13304): the cost is the sum over columns j of `R_jj^2 (target_j - q_j)^2` with `target_j = w_j + sum over i < j
+  of (w_i - q_i) R_ij / R_jj`. That is a quarter of the arithmetic of inverting H, and gives the cost on the way.
 - **Coordinate descent** (as in QuantEase, arXiv 2309.01885) then visits the columns again: given all others, a
   column's best codes are the rounding of one closed expression. The cost never rises.
 
@@ -202,9 +202,7 @@ def coordinate_descent(
     num_inputs = len(order_K)
     blocks = [slice(start, min(start + BLOCK, num_inputs)) for start in range(0, num_inputs, BLOCK)]
     for block in blocks:
-        torch.addcmul(
-            weight_KN[block], codes_KN[block], scales.columns(order_K[block]), value=-1, out=error_KN[block]
-        )
+        torch.addcmul(weight_KN[block], codes_KN[block], scales.columns(order_K[block]), value=-1, out=error_KN[block])
     for block in blocks:
         gram_SK = factored.gram[block]
         gram_SS = gram_SK[:, block].contiguous()
@@ -214,9 +212,7 @@ def coordinate_descent(
     return _in_own_order(codes_KN, order_K)
 
 
-def _descend(
-    matrices: Matrices, gram_SS: Tensor, curvature_S: Tensor, grid: CodeGrid, library: Library | None
-) -> None:
+def _descend(matrices: Matrices, gram_SS: Tensor, curvature_S: Tensor, grid: CodeGrid, library: Library | None) -> None:
     """One visit to each column of a block; updates codes and errors. Operations as in solver.h, as in `_fix_block`."""
     if library is not None and gram_SS.device.type == "cpu":
         descend_block(library, matrices, gram_SS, curvature_S, grid)

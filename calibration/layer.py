@@ -223,7 +223,9 @@ class LayerPass(Pieces):
         only = scored(chunks[0]) if len(chunks) == 1 else None
         moments = Moments(text.hidden_size, drift=drifts, device=device)
         for part in chunks if self._weights.is_pending(gate_up) else []:
-            self._add(moments, gate_up, only or scored(part), weight_R=rows.weights[part], num_prior=rows.num_prior(part))
+            self._add(
+                moments, gate_up, only or scored(part), weight_R=rows.weights[part], num_prior=rows.num_prior(part)
+            )
         pairs = self._quantize(gate_up, moments, rows.total_prior)
         moments = Moments(text.intermediate_size, num_outputs=text.hidden_size, drift=drifts, device=device)
         is_pending = self._weights.is_pending([down])

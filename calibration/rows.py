@@ -24,9 +24,9 @@ _CHUNK_ELEMENTS = 1 << 22
 """Elements of one chunk of rows: 16 MiB."""
 _CALL_BYTES = 1 << 15
 MEMORY_BYTES = 1 << 28
-"""What all rows that are in memory may take, of one pass; 16 or 24 chunks of files are as much."""
+"""What all rows of a pass may take in memory; with their smaller chunks, less than the chunks of files."""
 _MEMORY_CHUNK_ELEMENTS = 1 << 20
-"""Of one chunk of rows in memory: 4 MiB, so that what is made of them fits beside them, and in the processor's cache."""
+"""Of one chunk of rows in memory: 4 MiB, so that what is made of them fits beside them, and in a processor's cache."""
 
 
 class RowFile:

@@ -158,7 +158,9 @@ class Solver:
                 plain_N = self._seen(plain_NK)
                 error_NK = target - stored
                 error_N = self._seen(error_NK) if cost_N is None else self._undamped(cost_N[rows], error_NK)
-            close_N = self._block_costs(error_NK, error_N, height) > _CLOSE * self._block_costs(plain_NK, plain_N, height)
+            close_N = self._block_costs(error_NK, error_N, height) > _CLOSE * self._block_costs(
+                plain_NK, plain_N, height
+            )
             if bool(close_N.any()):
                 error_N[close_N] = self._seen(error_NK[close_N])
                 plain_N[close_N] = self._seen(plain_NK[close_N])

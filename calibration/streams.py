@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from llama4_quant.calibration.records import LayerRecord
 from llama4_quant.calibration import rows
+from llama4_quant.calibration.records import LayerRecord
 from llama4_quant.calibration.rows import MemoryRows, RowFile
 from llama4_quant.checkpoint.files import os_errors, read_own, replace_durably
 from llama4_quant.checkpoint.json_files import MAX_JSON_BYTES, parse_json

@@ -131,8 +131,10 @@ def test_gptq_is_the_papers(scheme: WeightScheme, num_outputs: int, num_inputs: 
     assert (found != expected).any(axis=1).mean() <= 0.25
     stored, best = found * scale_NK.numpy(), expected * scale_NK.numpy()
     exact, hessian = weight.double().numpy(), damped(gram.double().numpy(), 0.01)
-    total, best_total = loss(exact, stored, hessian).sum(), loss(exact, best, hessian).sum()
-    assert total == pytest.approx(best_total, rel=0.02)
+    costs, best_total = loss(exact, stored, hessian), loss(exact, best, hessian).sum()
+    assert costs.sum() == pytest.approx(best_total, rel=0.02)
+    # What gptq says its codes cost is that: to K * 2^-24 of the sum of the terms, which cancel to a tenth of that and less.
+    assert cost_N.numpy() == pytest.approx(costs, rel=1e-3)
 
 
 def test_inputs_that_are_alike_go_by_position() -> None:
@@ -371,10 +373,10 @@ def test_an_output_that_came_out_worse_is_rounded(monkeypatch: pytest.MonkeyPatc
         plain = quantize_weight(weight, scheme)
         solve_rows = Solver._solve_rows
 
-        def spoiled(*arguments: Tensor, bad: slice = rows, solve: Any = solve_rows) -> tuple[Tensor, Tensor]:
-            codes, scale = solve(*arguments)
+        def spoiled(*arguments: Tensor, bad: slice = rows, solve: Any = solve_rows) -> tuple[Tensor, Tensor, None]:
+            codes, scale, _ = solve(*arguments)
             codes[bad] = 7  # of FP8 a byte that is a small number
-            return codes, scale
+            return codes, scale, None
 
         moments = Moments(256, device=torch.device("cpu")).add(x)
         best = Solver.of(moments, SolverSettings()).solve(weight, scheme)
@@ -432,4 +434,5 @@ def test_the_error_reported_is_that_of_the_outputs() -> None:
     stored = dequantize_weight(result.packed.unpack(), torch.float32)
     outputs, changed = x.double() @ weight.double().T, x.double() @ stored.double().T
     expected = float((outputs - changed).square().sum() / outputs.square().sum())
-    assert result.output_error == pytest.approx(expected, rel=1e-4)
+    # Products may be taken of inputs rounded to bfloat16, 2^-9 each: two factors of the sum of squared outputs.
+    assert result.output_error == pytest.approx(expected, rel=2**-8)
