@@ -39,8 +39,8 @@ def search_scales(
     num_rows, num_inputs = weight_NK.shape
     grid = grid_of(scheme)
     factors = grid.factors[scheme.strategy] if scheme.observer is Observer.MSE else ()
-    is_fast = library is not None and scheme.strategy is not Strategy.BLOCK and weight_NK.device.type == "cpu"
-    if is_fast and importance_K is not None and factors and bool(torch.isfinite(weight_NK).all()):
+    is_fast = factors and scheme.strategy is not Strategy.BLOCK and weight_NK.device.type == "cpu"
+    if is_fast and library is not None and importance_K is not None and bool(torch.isfinite(weight_NK).all()):
         return search(library, weight_NK, scheme, importance_K, _inputs_per_scale(scheme, num_inputs))
     scale = torch.empty(scheme.scale_shape(num_rows, num_inputs), dtype=torch.float32, device=weight_NK.device)
     for rows in scheme_chunks(num_rows, num_inputs, scheme):

@@ -21,8 +21,8 @@ from llama4_quant.scheme import WeightScheme, WeightType
 MAX_COLUMNS = 128
 """Of one block: kMaxColumns in solver.h."""
 _LANES = 16
-_SHARED = 1 << 20
-"""Elements of work from which threads share it: a quarter of a millisecond or more."""
+_SHARED = 1 << 25
+"""Elements of work from which threads share it: a millisecond or more."""
 
 
 def fix_block(
