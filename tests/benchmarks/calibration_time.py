@@ -38,7 +38,7 @@ PARTS = {
     "rows in and out": ("calibration/rows.py", {"read", "write", "gather", "scatter", "sync"}),
     "output, journal": ("checkpoint/writer.py", {"write", "record", "sync"}),
 }
-"""File, and functions: what is called from other files counts."""
+"""File, and functions: what they take together, with all that they call."""
 
 
 def main() -> None:
@@ -63,12 +63,16 @@ def main() -> None:
 
 
 def seconds_of_parts(stats: pstats.Stats) -> dict[str, float]:
-    """Cumulative seconds of each part, of calls from outside its file."""
+    """Cumulative seconds of each part, without calls from one of its functions to another."""
     found = dict.fromkeys(PARTS, 0.0)
     for (filename, _, function), (_, _, _, _, callers) in stats.stats.items():  # type: ignore[attr-defined]
         for part, (suffix, functions) in PARTS.items():
             if filename.endswith(suffix) and function in functions:
-                found[part] += sum(times[3] for caller, times in callers.items() if not caller[0].endswith(suffix))
+                found[part] += sum(
+                    times[3]
+                    for (file, _, caller), times in callers.items()
+                    if not (file.endswith(suffix) and caller in functions)
+                )
     return found
 
 
