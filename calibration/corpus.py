@@ -132,7 +132,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Sample]:
         """All samples: the calibration set, then what it can be topped up with."""
-        packer = Packer(self._settings.max_seq_length, self._encoder.tokenizer.bos_token_id)
+        packer: Packer | None = None
         streams = [_Stream(source, self._settings.seed, position) for position, source in enumerate(self._sources)]
         while streams:
             stream = min(streams, key=lambda stream: stream.num_tokens)
@@ -142,7 +142,10 @@ class Corpus:
                 continue
             encoded = self._encoder.encode(document)
             stream.num_tokens += len(encoded.input_ids)
-            for ids in [encoded.input_ids] if encoded.is_sample else packer.push(encoded.input_ids):
+            if not encoded.is_sample and packer is None:
+                packer = Packer(self._settings.max_seq_length, self._encoder.tokenizer.bos_token_id)
+            samples = [encoded.input_ids] if packer is None or encoded.is_sample else packer.push(encoded.input_ids)
+            for ids in samples:
                 yield Sample(
                     input_ids=torch.tensor(ids, dtype=torch.int64),
                     pixel_values=encoded.pixel_values,

@@ -5,6 +5,7 @@ Shape letters: N tiles, S side of a tile, L positions.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,21 +34,30 @@ class Encoded:
     num_images: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Tokenizer, chat template and image processor of one checkpoint."""
 
-    tokenizer: Tokenizer
+    folder: Path
     processor: ImageProcessor | None
     config: Llama4Config
     max_length: int
 
-    @classmethod
-    def from_folder(cls, folder: Path, max_length: int) -> "Encoder":
-        """Read a checkpoint's config.json, tokenizer and, if it has vision, processor settings.
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded when there is text: pretokenized samples need none, and importing transformers takes a second.
 
         Raises:
-            CheckpointError: there is no tokenizer.
+            CheckpointError: there is none.
+            UsageError: transformers is not installed.
+        """
+        return Tokenizer.from_folder(self.folder)
+
+    @classmethod
+    def from_folder(cls, folder: Path, max_length: int) -> "Encoder":
+        """Read a checkpoint's config.json and, if it has vision, processor settings.
+
+        Raises:
             ConfigError: config.json or the processor's settings cannot be used.
             UsageError: the model does not take samples of this length.
         """
@@ -57,7 +67,7 @@ class Encoder:
             raise UsageError(f"max_seq_length is {max_length:,}, expected at most the model's {longest:,} positions")
         vision = config.vision
         processor = None if vision is None else ImageProcessor(ProcessorSettings.from_folder(folder, vision))
-        return cls(tokenizer=Tokenizer.from_folder(folder), processor=processor, config=config, max_length=max_length)
+        return cls(folder=folder, processor=processor, config=config, max_length=max_length)
 
     def encode(self, document: Document) -> Encoded:
         """Tokens of a document; a blank one has none.

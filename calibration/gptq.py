@@ -4,9 +4,12 @@ A linear weight W [N, K] meets inputs with Gram matrix H = X^T X [K, K]. Storing
 `tr((W - Q) H (W - Q)^T)`, the squared error of the layer's output on X. Both methods lower that cost, every output row
 for itself:
 
-- **GPTQ** (arXiv 2210.17323) fixes one column after the other and spreads each column's error over those that are
-  still free, by the triangular factor U of H^-1 = U^T U. Columns go by falling diag(H) ("static activation ordering":
-  groups and their scales stay those of the original order, so nothing but the codes changes on disk).
+- **GPTQ** (arXiv 2210.17323) fixes one column after the other, each so that it also makes up for the errors of those
+  before it. Columns go by falling diag(H) ("static activation ordering": groups and their scales stay those of the
+  original order, so nothing but the codes changes on disk). The paper spreads errors over what is still free by a
+  factor of H^-1. The same follows from one factor of H itself, H = R R^T with R upper triangular (as in LDLQ, arXiv
+  2307.13304): the cost is the sum over columns j of `R_jj^2 (target_j - q_j)^2` with `target_j = w_j + sum over i < j
+  of (w_i - q_i) R_ij / R_jj`. That is a quarter of the arithmetic of inverting H, and gives the cost on the way.
 - **Coordinate descent** (as in QuantEase, arXiv 2309.01885) then visits the columns again: given all others, a
   column's best codes are the rounding of one closed expression. The cost never rises.
 
@@ -21,11 +24,14 @@ import torch
 from torch import Tensor
 
 from llama4_quant.quantizers.grid import CodeGrid
+from llama4_quant.quantizers.native import Library
+from llama4_quant.quantizers.solver import descend_block, fix_block
 
-BLOCK = 64
+BLOCK = 128
 """Columns between two matrix products with all the rest."""
 _SYSTEM_ELEMENTS = 1 << 23
 """Of the systems of equations for scales that are solved together: 32 MiB, and as much again for copies."""
+_PANEL = 256
 _MORE_DAMPING = 10.0
 _MAX_DAMP = 1.0
 
@@ -53,13 +59,13 @@ class Factored:
 
     Attributes:
         gram: H, damped, with mean diagonal 1 (before damping), rows and columns in the order of visits, [K, K].
-        upper: U with H^-1 = U^T U, upper triangular, [K, K].
+        root: R with H = R R^T, upper triangular, [K, K].
         order: the input that is visited at each place, [K].
         damp_percent: what was added to the diagonal.
     """
 
     gram: Tensor
-    upper: Tensor
+    root: Tensor
     order: Tensor
     damp_percent: float
 
@@ -84,26 +90,44 @@ def factor(gram_KK: Tensor, damp_percent: float) -> Factored:
     while True:
         ordered_KK.diagonal().add_(damp - added)
         added = damp
-        upper_KK = _upper_factor_of_inverse(ordered_KK)
-        if upper_KK is not None:
-            return Factored(gram=ordered_KK, upper=upper_KK, order=order_K, damp_percent=damp)
+        root_KK = _upper_root(ordered_KK)
+        if root_KK is not None:
+            return Factored(gram=ordered_KK, root=root_KK, order=order_K, damp_percent=damp)
         if damp >= _MAX_DAMP:  # nothing but the diagonal can be trusted
             diagonal_K = ordered_KK.diagonal().clamp(min=1.0)
-            upper_KK = torch.diag(diagonal_K.rsqrt())
-            return Factored(gram=torch.diag(diagonal_K), upper=upper_KK, order=order_K, damp_percent=damp)
+            root_KK = torch.diag(diagonal_K.sqrt())
+            return Factored(gram=torch.diag(diagonal_K), root=root_KK, order=order_K, damp_percent=damp)
         damp = min(_MAX_DAMP, damp * _MORE_DAMPING)
 
 
-def _upper_factor_of_inverse(gram_KK: Tensor) -> Tensor | None:
-    """U with H^-1 = U^T U; None where float32 does not see a positive definite matrix."""
-    lower_KK, failed = torch.linalg.cholesky_ex(gram_KK)
-    if int(failed):
-        return None
-    upper_KK, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_KK), upper=True)
-    return upper_KK if not int(failed) and bool(torch.isfinite(upper_KK).all()) else None
+def _upper_root(gram_KK: Tensor) -> Tensor | None:
+    """R with H = R R^T, upper triangular; None where float32 does not see a positive definite matrix."""
+    lower_KK = _cholesky(gram_KK.flip(0, 1))
+    return None if lower_KK is None or not bool(torch.isfinite(lower_KK).all()) else lower_KK.flip(0, 1)
 
 
-def gptq(weight_KN: Tensor, factored: Factored, scales: Scales, grid: CodeGrid) -> Tensor:
+def _cholesky(gram_KK: Tensor) -> Tensor | None:
+    """L with H = L L^T, lower triangular, in the place of H; None where H is not positive definite.
+
+    Panel by panel, so that nearly all is matrix products: several times as fast as LAPACK's on processors.
+    """
+    size = len(gram_KK)
+    step = size if gram_KK.device.type != "cpu" else _PANEL
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        gram_KK[start:, start:stop].addmm_(gram_KK[start:, :start], gram_KK[start:stop, :start].T, alpha=-1)
+        lower, failed = torch.linalg.cholesky_ex(gram_KK[start:stop, start:stop])
+        if int(failed):
+            return None
+        gram_KK[start:stop, start:stop] = lower
+        below = gram_KK[stop:, start:stop]
+        below.copy_(torch.linalg.solve_triangular(lower.T, below, upper=True, left=False))
+    return gram_KK.tril_()
+
+
+def gptq(
+    weight_KN: Tensor, factored: Factored, scales: Scales, grid: CodeGrid, library: Library | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes by GPTQ.
 
     Args:
@@ -111,65 +135,96 @@ def gptq(weight_KN: Tensor, factored: Factored, scales: Scales, grid: CodeGrid) 
         factored: Gram matrix of the inputs.
         scales: of the weight.
         grid: the codes.
+        library: compiled loops, which give the same bytes; only for processors.
 
     Returns:
-        Codes as float32 [K, N], inputs in their own order.
+        Codes as float32 [K, N], inputs in their own order; and what they cost by the damped Gram matrix, [N].
     """
-    num_inputs = weight_KN.shape[0]
-    left_KN = weight_KN[factored.order]
-    codes_KN = torch.empty_like(left_KN)
-    for start in range(0, num_inputs, BLOCK):
-        stop = min(start + BLOCK, num_inputs)
-        block_SN = left_KN[start:stop]
-        upper_SS = factored.upper[start:stop, start:stop].contiguous()
-        scale_SN = scales.columns(factored.order[start:stop])
-        for column, step in enumerate(upper_SS.diagonal().tolist()):
-            value_N, scale_N = block_SN[column], scale_SN[column]
-            code_N = torch.div(value_N, scale_N, out=codes_KN[start + column])
-            grid.nearest_(code_N)
-            # The column becomes its error, in units of what that costs.
-            value_N.addcmul_(code_N, scale_N, value=-1).div_(step)
-            block_SN[column + 1 :].addr_(upper_SS[column, column + 1 :], value_N, alpha=-1)
-        left_KN[stop:].addmm_(factored.upper[start:stop, stop:].T, block_SN, alpha=-1)
-    return _in_own_order(codes_KN, factored.order)
+    order_K, root_KK = factored.order, factored.root
+    weight_KN = weight_KN[order_K]
+    codes_KN, error_KN = torch.empty_like(weight_KN), torch.empty_like(weight_KN)
+    cost_N = torch.zeros_like(weight_KN[0])
+    for start in range(0, len(order_K), BLOCK):
+        block = slice(start, min(start + BLOCK, len(order_K)))
+        diagonal_S = root_KK.diagonal()[block]
+        target_SN = weight_KN[block]
+        if start:
+            carried_KS = root_KK[:start, block] / diagonal_S
+            target_SN = torch.addmm(target_SN, carried_KS.T, error_KN[:start])
+        _fix_block(
+            (weight_KN[block], target_SN, scales.columns(order_K[block]), codes_KN[block], error_KN[block]),
+            cost_N,
+            root_KK[block, block] / diagonal_S,
+            diagonal_S.square(),
+            grid,
+            library,
+        )
+    return _in_own_order(codes_KN, order_K), cost_N
+
+
+Matrices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of one block, each [S, N]: weight, target, scale, codes, error; in descent the target is H times the error."""
+
+
+def _fix_block(
+    matrices: Matrices, cost_N: Tensor, feed_SS: Tensor, curvature_S: Tensor, grid: CodeGrid, library: Library | None
+) -> None:
+    """Codes and errors of a block whose targets know of all errors before it.
+
+    Operations are rounded one by one, in this order, as in solver.h.
+    """
+    if library is not None and feed_SS.device.type == "cpu":
+        fix_block(library, matrices, cost_N, feed_SS, curvature_S, grid)
+        return
+    weight_SN, target_SN, scale_SN, codes_SN, error_SN = matrices
+    target_SN = target_SN.clone()
+    for column, curvature in enumerate(curvature_S.tolist()):
+        code_N = grid.nearest_(torch.div(target_SN[column], scale_SN[column], out=codes_SN[column]))
+        stored_N = code_N * scale_SN[column]
+        error_N = torch.sub(weight_SN[column], stored_N, out=error_SN[column])
+        left_N = target_SN[column] - stored_N
+        cost_N += left_N.mul_(left_N).mul_(curvature)
+        target_SN[column + 1 :] += feed_SS[column, column + 1 :, None] * error_N
 
 
 def coordinate_descent(
-    weight_KN: Tensor, codes_KN: Tensor, factored: Factored, scales: Scales, grid: CodeGrid
+    weight_KN: Tensor,
+    codes_KN: Tensor,
+    factored: Factored,
+    scales: Scales,
+    grid: CodeGrid,
+    library: Library | None = None,
 ) -> Tensor:
-    """Improve codes by one visit to each column; arguments and result as of `gptq`, `codes_KN` is not changed."""
+    """Improve codes by one visit to each column; arguments as of `gptq`, `codes_KN` is not changed; the codes."""
     order_K = factored.order
-    codes_KN = codes_KN[order_K]
-    error_KN = weight_KN[order_K]
-    num_inputs = error_KN.shape[0]
-    blocks = [(start, min(start + BLOCK, num_inputs)) for start in range(0, num_inputs, BLOCK)]
-    for start, stop in blocks:
-        scale_SN = scales.columns(order_K[start:stop])
-        error_KN[start:stop].addcmul_(codes_KN[start:stop], scale_SN, value=-1)
-    for start, stop in blocks:
-        gram_SK = factored.gram[start:stop]
-        _descend(
-            error_KN[start:stop],
-            codes_KN[start:stop],
-            gram_SK[:, start:stop].contiguous(),
-            gram_SK @ error_KN,
-            scales.columns(order_K[start:stop]),
-            grid,
-        )
+    weight_KN, codes_KN = weight_KN[order_K], codes_KN[order_K]
+    error_KN = torch.empty_like(weight_KN)
+    num_inputs = len(order_K)
+    blocks = [slice(start, min(start + BLOCK, num_inputs)) for start in range(0, num_inputs, BLOCK)]
+    for block in blocks:
+        torch.addcmul(weight_KN[block], codes_KN[block], scales.columns(order_K[block]), value=-1, out=error_KN[block])
+    for block in blocks:
+        gram_SK = factored.gram[block]
+        gram_SS = gram_SK[:, block].contiguous()
+        scale_SN = scales.columns(order_K[block])
+        matrices = (weight_KN[block], gram_SK @ error_KN, scale_SN, codes_KN[block], error_KN[block])
+        _descend(matrices, gram_SS, gram_SS.diagonal().contiguous(), grid, library)
     return _in_own_order(codes_KN, order_K)
 
 
-def _descend(
-    error_SN: Tensor, codes_SN: Tensor, gram_SS: Tensor, pull_SN: Tensor, scale_SN: Tensor, grid: CodeGrid
-) -> None:
-    """One visit to each column of a block; updates errors and codes. `pull` is H times the error of all columns."""
-    for column, curvature in enumerate(gram_SS.diagonal().tolist()):
+def _descend(matrices: Matrices, gram_SS: Tensor, curvature_S: Tensor, grid: CodeGrid, library: Library | None) -> None:
+    """One visit to each column of a block; updates codes and errors. Operations as in solver.h, as in `_fix_block`."""
+    if library is not None and gram_SS.device.type == "cpu":
+        descend_block(library, matrices, gram_SS, curvature_S, grid)
+        return
+    _, pull_SN, scale_SN, codes_SN, error_SN = matrices
+    for column, inverse in enumerate((1 / curvature_S).tolist()):
         scale_N, old_N = scale_SN[column], codes_SN[column]
-        new_N = grid.nearest_(torch.addcdiv(old_N, pull_SN[column], scale_N, value=1 / curvature))
+        new_N = grid.nearest_((pull_SN[column] * inverse).div_(scale_N).add_(old_N))
         change_N = (new_N - old_N).mul_(scale_N)
         codes_SN[column] = new_N
         error_SN[column] -= change_N
-        pull_SN.addr_(gram_SS[column], change_N, alpha=-1)
+        pull_SN[column + 1 :] -= gram_SS[column, column + 1 :, None] * change_N
 
 
 def refit_scales(weight_KN: Tensor, codes_KN: Tensor, factored: Factored, scales: Scales) -> Tensor:

@@ -7,6 +7,8 @@ Shape letters: E experts, H hidden, I intermediate, K in, N out, R rows, T token
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +23,23 @@ from llama4_quant.calibration.routing import ExpertRows, Routing, route
 from llama4_quant.calibration.rows import RowFile, row_chunks
 from llama4_quant.calibration.source_weights import Pair, SourceWeights
 from llama4_quant.calibration.streams import Sequences, StreamFiles, Streams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ExpertFiles:
+    """Rows of all tokens that a layer's experts read and write.
+
+    Attributes:
+        normed: what they get, before scores.
+        inner: room for what an expert's down_proj gets, at most as many rows as tokens.
+        after: the residual stream that they add to.
+        wanted: of `_remember_wanted`.
+    """
+
+    normed: Streams
+    inner: RowFile
+    after: Streams
+    wanted: RowFile
 
 
 class LayerPass(Pieces):
@@ -146,13 +165,15 @@ class LayerPass(Pieces):
                 for file, x_RH, _ in self._sides(normed, given):
                     file.write(rows, x_RH)
             self.routing = routing = self._route(normed)
-            with self._scratch("inner", config.intermediate_size) as inner:
+            with ExitStack() as opened:
+                inner = opened.enter_context(self._scratch("inner", config.intermediate_size))
                 self._gate_up(f"{base}.shared_expert", lambda rows: self._both(normed, rows), inner)
                 self._write_to_residual(f"{base}.shared_expert.down_proj", inner, after, after)
-            with self._files.scratch("wanted", config.hidden_size) as wanted:
+                wanted = opened.enter_context(self._files.scratch("wanted", config.hidden_size))
                 weights_T = self._remember_wanted(after, wanted)
                 for expert in range(config.num_local_experts):
-                    self._expert(f"{base}.experts.{expert}", routing.of(expert), normed, after, (wanted, weights_T))
+                    files = _ExpertFiles(normed=normed, inner=inner.quantized, after=after, wanted=wanted)
+                    self._expert(f"{base}.experts.{expert}", routing.of(expert), files, weights_T)
 
     def _route(self, normed: Streams) -> Routing:
         router_EH = self._kept(f"{self._base}.feed_forward.router")
@@ -184,13 +205,11 @@ class LayerPass(Pieces):
                 wanted.write(rows, wanted_RH / num_experts)
         return torch.cat(weights)
 
-    def _expert(
-        self, base: str, rows: ExpertRows, normed: Streams, after: Streams, remembered: tuple[RowFile, Tensor]
-    ) -> None:
+    def _expert(self, base: str, rows: ExpertRows, files: "_ExpertFiles", weights_T: Tensor) -> None:
         """Quantize one expert, and add its outputs to the rows that are routed to it, in each model."""
-        wanted, weights_T = remembered
+        normed, after = files.normed, files.after
         gate_up, down = [f"{base}.gate_proj", f"{base}.up_proj"], f"{base}.down_proj"
-        drifts = normed.original is not None
+        drifts, text, device = normed.original is not None, self._maths.config, rows.fitted.device
 
         def scored(part: slice) -> Inputs:
             tokens = rows.fitted[part]
@@ -200,55 +219,48 @@ class LayerPass(Pieces):
             original = normed.original.gather(tokens) * rows.original_scores[part].unsqueeze(-1)
             return Inputs(quantized=quantized, original=original)
 
-        chunks = list(row_chunks(len(rows.fitted), self._maths.config.intermediate_size))
-        moments = Moments(self._maths.config.hidden_size, drift=drifts, device=rows.fitted.device)
+        chunks = list(row_chunks(len(rows.fitted), max(text.hidden_size, text.intermediate_size)))
+        only = scored(chunks[0]) if len(chunks) == 1 else None
+        moments = Moments(text.hidden_size, drift=drifts, device=device)
         for part in chunks if self._weights.is_pending(gate_up) else []:
-            self._add(moments, gate_up, scored(part), weight_R=rows.weights[part], num_prior=rows.num_prior(part))
-        pairs = self._quantize(gate_up, moments, rows.total_prior)
-        moments = Moments(
-            self._maths.config.intermediate_size,
-            num_outputs=self._maths.config.hidden_size,
-            drift=drifts,
-            device=rows.fitted.device,
-        )
-        for part in chunks if self._weights.is_pending([down]) else []:
-            given = scored(part)
-            inner = Inputs(
-                quantized=self._inner(pairs, given.quantized, "stored"),
-                original=self._inner(pairs, given.original, "original") if drifts else given.original,
+            self._add(
+                moments, gate_up, only or scored(part), weight_R=rows.weights[part], num_prior=rows.num_prior(part)
             )
+        pairs = self._quantize(gate_up, moments, rows.total_prior)
+        moments = Moments(text.intermediate_size, num_outputs=text.hidden_size, drift=drifts, device=device)
+        is_pending = self._weights.is_pending([down])
+        for part in chunks:  # also of what is finished: its outputs have to be the same
+            given = only or scored(part)
+            quantized_RI = self._inner(pairs, given.quantized, "stored")
+            own = slice(part.start, min(part.stop, rows.num_own))
+            if own.start < own.stop:
+                files.inner.write(own, quantized_RI[: own.stop - own.start])
+            if not is_pending:
+                continue
+            original_RI = self._inner(pairs, given.original, "original") if drifts else quantized_RI
             tokens = rows.fitted[part]
             self._add(
                 moments,
                 [down],
-                inner,
-                wanted.gather(tokens) if drifts else None,
+                Inputs(quantized=quantized_RI, original=original_RI),
+                files.wanted.gather(tokens) if drifts else None,
                 weight_R=weights_T[tokens] * rows.weights[part],
                 num_prior=rows.num_prior(part),
             )
         down_pair = self._quantize([down], moments, rows.total_prior)
-        both = (pairs, down_pair)
-        self._add_outputs(after.quantized, normed.quantized, rows.quantized_tokens, rows.quantized_own, both, "stored")
-        if after.original is not None and normed.original is not None:
-            self._add_outputs(
-                after.original, normed.original, rows.original_tokens, rows.original_own, both, "original"
-            )
+        for part in row_chunks(rows.num_own, text.intermediate_size):
+            self._add_outputs(after.quantized, rows.quantized_tokens[part], down_pair, files.inner.read(part), "stored")
+        if after.original is None or normed.original is None:
+            return
+        for part in row_chunks(len(rows.original_tokens), text.intermediate_size):
+            tokens, scores_R = rows.original_tokens[part], rows.original_own[part]
+            x_RH = normed.original.gather(tokens) * scores_R.unsqueeze(-1)
+            self._add_outputs(after.original, tokens, down_pair, self._inner(pairs, x_RH, "original"), "original")
 
-    def _add_outputs(
-        self,
-        residual: RowFile,
-        normed: RowFile,
-        tokens: Tensor,
-        scores: Tensor,
-        pairs: tuple[dict[str, Pair], dict[str, Pair]],
-        side: str,
-    ) -> None:
-        """Add an expert's outputs to the rows of some tokens; `pairs` are gate and up, and down."""
-        gate_up, down = pairs
-        for part in row_chunks(len(tokens), self._maths.config.intermediate_size):
-            scored_RH = normed.gather(tokens[part]) * scores[part].unsqueeze(-1)
-            (y_RH,) = self._project(down, self._inner(gate_up, scored_RH, side), side)
-            residual.scatter(tokens[part], residual.gather(tokens[part]) + y_RH)
+    def _add_outputs(self, residual: RowFile, tokens: Tensor, down: dict[str, Pair], x_RI: Tensor, side: str) -> None:
+        """Add what an expert's down_proj makes of its inputs to the rows of some tokens."""
+        (y_RH,) = self._project(down, x_RI, side)
+        residual.scatter(tokens, residual.gather(tokens) + y_RH)
 
     # What is the decoder's own ---------------------------------------------------------------------------------------
 

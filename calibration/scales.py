@@ -12,18 +12,23 @@ from torch import Tensor
 from llama4_quant.calibration.gptq import Scales
 from llama4_quant.errors import QuantizationError
 from llama4_quant.quantizers.lanes import rows_per_scale, scheme_chunks, to_lanes
+from llama4_quant.quantizers.native import Library
 from llama4_quant.quantizers.quantize import grid_of
 from llama4_quant.quantizers.search import choose_scales
+from llama4_quant.quantizers.solver import search
 from llama4_quant.scheme import FP8_BLOCK_SIZE, Observer, Strategy, WeightScheme
 
 
-def search_scales(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor | None) -> Tensor:
+def search_scales(
+    weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor | None, library: Library | None = None
+) -> Tensor:
     """Choose the scales of one weight.
 
     Args:
         weight_NK: float32 [out, in].
         scheme: where scales are; its observer says whether there is a search at all.
         importance_K: what the squared error of each input's weights counts; None: all the same.
+        library: compiled loops, which find the same scales; only for processors, and not for blocks.
 
     Returns:
         float32 (bf16 numbers) of shape `scheme.scale_shape(N, K)`.
@@ -34,6 +39,9 @@ def search_scales(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor 
     num_rows, num_inputs = weight_NK.shape
     grid = grid_of(scheme)
     factors = grid.factors[scheme.strategy] if scheme.observer is Observer.MSE else ()
+    is_fast = factors and scheme.strategy is not Strategy.BLOCK and weight_NK.device.type == "cpu"
+    if is_fast and library is not None and importance_K is not None and bool(torch.isfinite(weight_NK).all()):
+        return search(library, weight_NK, scheme, importance_K, _inputs_per_scale(scheme, num_inputs))
     scale = torch.empty(scheme.scale_shape(num_rows, num_inputs), dtype=torch.float32, device=weight_NK.device)
     for rows in scheme_chunks(num_rows, num_inputs, scheme):
         lanes_SL = to_lanes(weight_NK[rows], scheme)

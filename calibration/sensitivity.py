@@ -88,8 +88,8 @@ def predicted_kl(
     if not sums.num_rows:
         return (0.0,) * len(candidates)
     factored = factor(sums.gram, _damping(len(sums.gram), sums.num_rows))
-    shape_K = torch.empty_like(factored.upper.diagonal())
-    shape_K[factored.order] = 1 / factored.upper.diagonal().square()  # of the Gram matrix with mean diagonal 1
+    shape_K = torch.empty_like(factored.root.diagonal())
+    shape_K[factored.order] = factored.root.diagonal().square()  # of the Gram matrix with mean diagonal 1
     # FP8 rounds the inputs of all these weights at once.
     inputs = 0.5 * float(sums.rounding) / num_tokens
     costs = [inputs if scheme.type is WeightType.FP8 else 0.0 for scheme in candidates]

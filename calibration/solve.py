@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama4_quant.calibration.decoder import fast_matmul
 from llama4_quant.calibration.gptq import Factored, coordinate_descent, factor, gptq, refit_scales
 from llama4_quant.calibration.hessian import Moments, corrected
 from llama4_quant.calibration.scales import search_scales, solver_scales, stored_scales
 from llama4_quant.calibration.settings import SolverSettings
 from llama4_quant.quantizers.error import measure
 from llama4_quant.quantizers.lanes import rows_per_scale
+from llama4_quant.quantizers.native import Library
 from llama4_quant.quantizers.packed import PackedWeight
 from llama4_quant.quantizers.packing import pack_int4
 from llama4_quant.quantizers.quantize import QuantizedWeight, dequantize_weight, grid_of, quantize_weight
@@ -24,6 +26,9 @@ from llama4_quant.scheme import Strategy, WeightScheme, WeightType
 ROW_ELEMENTS = 1 << 24
 """Weights that are worked on at a time: 64 MiB in float32, and some five times that with what goes with them."""
 
+_CLOSE = 0.8
+"""Where an output costs more than this part of what rounding costs, both are taken exactly: inputs of fast products
+have 8 bits or more, so a sum of squares is off by about a hundredth."""
 FEW_ROWS = 1.0
 """Rows per input under which damping grows, with the square of what is missing: what a few rows say of how inputs hang
 together is mostly accident, and codes that make use of it cost more than plain rounding does on other rows."""
@@ -57,18 +62,20 @@ class Solver:
         moments: sums over the rows of that input.
         factored: their Gram matrix.
         settings: which methods.
+        library: compiled loops, if there are some; they change no byte.
     """
 
     moments: Moments
     factored: Factored
     settings: SolverSettings
+    library: Library | None = None
 
     @classmethod
-    def of(cls, moments: Moments, settings: SolverSettings) -> "Solver":
+    def of(cls, moments: Moments, settings: SolverSettings, library: Library | None = None) -> "Solver":
         """Factor the Gram matrix once for all weights."""
         num_inputs = len(moments.gram)
         damp_percent = settings.damp_percent * max(1.0, FEW_ROWS * num_inputs / max(1, moments.num_rows)) ** 2
-        return cls(moments=moments, factored=factor(moments.gram, damp_percent), settings=settings)
+        return cls(moments=moments, factored=factor(moments.gram, damp_percent), settings=settings, library=library)
 
     def solve(self, weight_NK: Tensor, scheme: WeightScheme, rounded: QuantizedWeight | None = None) -> SolvedWeight:
         """Quantize one weight; no output costs more than rounding to nearest would.
@@ -85,17 +92,19 @@ class Solver:
         target_NK = exact_NK
         if self.settings.correct:
             target_NK = corrected(exact_NK, self.moments, self.settings.ridge_percent)
-        scale = search_scales(target_NK, scheme, self._importance())
+        scale = search_scales(target_NK, scheme, self._importance(), self.library)
         parts = [
             self._solve_rows(target_NK[rows], _rows_of(scale, rows, scheme), scheme)
             for rows in self._chunks(*exact_NK.shape)
         ]
         quantized = QuantizedWeight(
-            codes=torch.cat([codes for codes, _ in parts]),
-            scale=torch.cat([part for _, part in parts]).to(grid_of(scheme).scale_dtype),
+            codes=torch.cat([codes for codes, _, _ in parts]),
+            scale=torch.cat([part for _, part, _ in parts]).to(grid_of(scheme).scale_dtype),
             scheme=scheme,
         )
-        return self._guarded(exact_NK, target_NK, quantized, rounded or quantize_weight(exact_NK, scheme))
+        costs = [cost_N for _, _, cost_N in parts if cost_N is not None]
+        cost_N = torch.cat(costs) if costs else None
+        return self._guarded(exact_NK, target_NK, quantized, rounded or quantize_weight(exact_NK, scheme), cost_N)
 
     def _importance(self) -> Tensor:
         """What the squared error of each input's weights counts in the search for scales: the damped diagonal."""
@@ -108,34 +117,55 @@ class Solver:
         step = max(1, ROW_ELEMENTS // (num_inputs * 128)) * 128
         return [slice(start, min(start + step, num_outputs)) for start in range(0, num_outputs, step)]
 
-    def _solve_rows(self, target_NK: Tensor, scale: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
-        """Codes as stored (one to an element), and scales."""
+    def _solve_rows(
+        self, target_NK: Tensor, scale: Tensor, scheme: WeightScheme
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes as stored (one to an element), scales, and the damped cost of each output where that is known."""
         grid = grid_of(scheme)
         num_outputs, num_inputs = target_NK.shape
         scales = solver_scales(scale, (num_outputs, num_inputs), scheme)
         target_KN = target_NK.T.contiguous()
-        codes_KN = gptq(target_KN, self.factored, scales, grid)
+        codes_KN, cost_N = gptq(target_KN, self.factored, scales, grid, self.library)
         for sweep in range(self.settings.num_sweeps):
             if sweep and self.settings.refit_scales and scheme.strategy is not Strategy.BLOCK:
                 found = round_to_bf16(refit_scales(target_KN, codes_KN, self.factored, scales))
                 scales = type(scales)(values=found.clamp_(min=SMALLEST_SCALE), group_size=scales.group_size)
-            codes_KN = coordinate_descent(target_KN, codes_KN, self.factored, scales, grid)
+            codes_KN = coordinate_descent(target_KN, codes_KN, self.factored, scales, grid, self.library)
         codes = codes_KN.T.contiguous()
-        return grid.encode(codes), stored_scales(scales, scheme)
+        return grid.encode(codes), stored_scales(scales, scheme), None if self.settings.num_sweeps else cost_N
 
     def _guarded(
-        self, exact_NK: Tensor, target_NK: Tensor, solved: QuantizedWeight, rounded: QuantizedWeight
+        self,
+        exact_NK: Tensor,
+        target_NK: Tensor,
+        solved: QuantizedWeight,
+        rounded: QuantizedWeight,
+        cost_N: Tensor | None,
     ) -> SolvedWeight:
-        """The better of two candidates, output by output (in FP8 blocks, whose outputs share scales, by the block)."""
-        scheme = solved.scheme
+        """The better of two candidates, output by output (in FP8 blocks, whose outputs share scales, by the block).
+
+        Costs are products with a K x K matrix, each as dear as GPTQ itself, so they are taken on the machine's fast
+        units, and again exactly only for outputs where it is close.
+        """
+        scheme, height = solved.scheme, rows_per_scale(solved.scheme)
         codes, scale = solved.codes.clone(), solved.scale.clone()
         num_rounded, costs = 0, torch.zeros(3, dtype=torch.float64)
         for rows in self._chunks(*solved.shape):
-            total_N, _ = self._costs(exact_NK[rows])
-            error_N, damped_N = self._costs(target_NK[rows] - _dequantized_rows(solved, rows))
-            plain_N, plain_damped_N = self._costs(target_NK[rows] - _dequantized_rows(rounded, rows))
-            height = rows_per_scale(scheme)
-            worse_N = _block_sums(damped_N, height) > _block_sums(plain_damped_N, height)
+            target, stored = target_NK[rows], _dequantized_rows(solved, rows)
+            with fast_matmul(target.device):
+                total_N = self._seen(exact_NK[rows])
+                plain_NK = target - _dequantized_rows(rounded, rows)
+                plain_N = self._seen(plain_NK)
+                error_NK = target - stored
+                error_N = self._seen(error_NK) if cost_N is None else self._undamped(cost_N[rows], error_NK)
+            close_N = self._block_costs(error_NK, error_N, height) > _CLOSE * self._block_costs(
+                plain_NK, plain_N, height
+            )
+            if bool(close_N.any()):
+                error_N[close_N] = self._seen(error_NK[close_N])
+                plain_N[close_N] = self._seen(plain_NK[close_N])
+            worse_N = self._block_costs(error_NK, error_N, height) > self._block_costs(plain_NK, plain_N, height)
+            worse_N &= close_N
             chosen = rows.start + torch.nonzero(worse_N).squeeze(-1)
             codes[chosen] = rounded.codes[chosen]
             scales = rows.start // height + torch.nonzero(worse_N[::height]).squeeze(-1)
@@ -160,14 +190,23 @@ class Solver:
             num_rounded=num_rounded,
         )
 
-    def _costs(self, error_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared errors of the outputs, each [N]: on the rows seen, and with the damping, as the solver counts."""
-        gram_KK = self.moments.gram
-        diagonal_K = gram_KK.diagonal()
-        seen_N = (error_NK @ gram_KK).mul_(error_NK).sum(dim=1)
-        damping_K = self.factored.damp_percent + (diagonal_K <= 0).to(torch.float32)
-        mean = diagonal_K.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        return seen_N, seen_N / mean + error_NK.square() @ damping_K
+    def _seen(self, error_NK: Tensor) -> Tensor:
+        """Squared errors of the outputs on the rows seen, [N]."""
+        return (error_NK @ self.moments.gram).mul_(error_NK).sum(dim=1)
+
+    def _undamped(self, cost_N: Tensor, error_NK: Tensor) -> Tensor:
+        """The same of a cost as the solver counts."""
+        return (cost_N - error_NK.square() @ self._damping()) * self._mean()
+
+    def _block_costs(self, error_NK: Tensor, seen_N: Tensor, height: int) -> Tensor:
+        """Costs as the solver counts, with damping, of the outputs that share scales, one for each output."""
+        return _block_sums(seen_N / self._mean() + error_NK.square() @ self._damping(), height)
+
+    def _damping(self) -> Tensor:
+        return self.factored.damp_percent + (self.moments.gram.diagonal() <= 0).to(torch.float32)
+
+    def _mean(self) -> Tensor:
+        return self.moments.gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _block_sums(cost_N: Tensor, height: int) -> Tensor:

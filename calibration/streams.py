@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from llama4_quant.calibration import rows
 from llama4_quant.calibration.records import LayerRecord
-from llama4_quant.calibration.rows import RowFile
+from llama4_quant.calibration.rows import MemoryRows, RowFile
 from llama4_quant.checkpoint.files import os_errors, read_own, replace_durably
 from llama4_quant.checkpoint.json_files import MAX_JSON_BYTES, parse_json
 
@@ -91,6 +92,7 @@ class StreamFiles:
         self.folder = folder
         self._num_rows, self._width = num_rows, width
         self.with_original, self._device = with_original, device
+        self._kept: dict[str, MemoryRows] = {}
 
     def position(self) -> Position | None:
         """Where an interrupted run was; None if it had not begun."""
@@ -114,13 +116,28 @@ class StreamFiles:
         with ExitStack() as files:
             generation = layer % 2
             names = ["quantized", "original"] if self.with_original else ["quantized"]
-            opened = [files.enter_context(self.scratch(f"{name}-{generation}", self._width)) for name in names]
+            opened = [files.enter_context(self._stream(f"{name}-{generation}")) for name in names]
             yield Streams(quantized=opened[0], original=opened[1] if self.with_original else None)
 
     def scratch(self, name: str, width: int, num_rows: int | None = None) -> RowFile:
         """A file for something that lives within a layer; opened, not emptied."""
-        rows = self._num_rows if num_rows is None else num_rows
-        return RowFile(self.folder / f"{name}.rows", rows, width, self._device)
+        wanted = self._num_rows if num_rows is None else num_rows
+        kind = MemoryRows if self._fits(wanted, width) else RowFile
+        return kind(self.folder / f"{name}.rows", wanted, width, self._device)
+
+    def _stream(self, name: str) -> RowFile:
+        """Hidden states; what is in memory stays there from layer to layer."""
+        if name not in self._kept:
+            opened = self.scratch(name, self._width)
+            if not isinstance(opened, MemoryRows):
+                return opened
+            self._kept[name] = opened
+        return self._kept[name]
+
+    def _fits(self, num_rows: int, width: int) -> bool:
+        """Whether rows may be in memory: of four files at the same time, in `best` of twice as many."""
+        num_files = 8 if self.with_original else 4
+        return num_files * num_rows * width * 4 <= rows.MEMORY_BYTES
 
 
 def forget_position(folder: Path) -> None:
@@ -133,9 +150,9 @@ def drift(streams: Streams) -> tuple[float | None, float | None]:
     if streams.original is None:
         return None, None
     noise = signal = 0.0
-    for rows in streams.quantized.chunks():
-        original_RH = streams.original.read(rows).double()
-        noise += float((streams.quantized.read(rows).double() - original_RH).square().sum())
+    for part in streams.quantized.chunks():
+        original_RH = streams.original.read(part).double()
+        noise += float((streams.quantized.read(part).double() - original_RH).square().sum())
         signal += float(original_RH.square().sum())
     if not signal or not noise:
         return 0.0, None

@@ -186,7 +186,7 @@ class Weights(SourceWeights):
                 f"{name}: its inputs grow beyond float32 on the calibration data, so that nothing can be fitted to "
                 "them; is the checkpoint damaged?"
             )
-        return Solver.of(moments, self._settings) if moments.num_rows else None
+        return Solver.of(moments, self._settings, self._backend.library) if moments.num_rows else None
 
     def _solve(
         self, name: str, original: Tensor, solver: Solver | None, moments: Moments, num_prior_rows: int

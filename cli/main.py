@@ -4,6 +4,8 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 1 an 
 usage; 130 interrupted (SIGINT); 143 terminated (SIGTERM). Both signals let `convert` finish the pieces in hand first.
 """
 
+import gc
+import importlib
 import os
 import signal
 import sys
@@ -12,21 +14,44 @@ from types import FrameType
 import click
 
 from llama4_quant._version import __version__
-from llama4_quant.cli.chat import chat_command
-from llama4_quant.cli.convert import convert_command
-from llama4_quant.cli.demo import demo_command
-from llama4_quant.cli.evaluate import eval_command
-from llama4_quant.cli.generate import generate_command
-from llama4_quant.cli.inspect import inspect_command
-from llama4_quant.cli.verify import verify_command
 from llama4_quant.errors import Llama4QuantError
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
+_COMMANDS = {
+    "chat": "chat",
+    "convert": "convert",
+    "demo": "demo",
+    "eval": "evaluate",
+    "generate": "generate",
+    "inspect": "inspect",
+    "verify": "verify",
+}
+"""Modules of the commands: only the one that runs is imported."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+
+class _Commands(click.Group):
+    """Commands by name, imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        gc.disable()  # torch is a million objects, none of which goes away: the collector would walk them in vain, ...
+        try:
+            module = importlib.import_module(f"llama4_quant.cli.{_COMMANDS[cmd_name]}")
+        finally:
+            gc.freeze()  # ... now and again when the process ends, for a third of a second
+            gc.enable()
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, "-V", "--version", prog_name="llama4-quant")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -37,15 +62,6 @@ def cli(debug: bool) -> None:
     """
     # `main` reads --debug from the command line itself: it has to know also when a command fails before it starts.
     del debug
-
-
-cli.add_command(convert_command)
-cli.add_command(inspect_command)
-cli.add_command(generate_command)
-cli.add_command(chat_command)
-cli.add_command(eval_command)
-cli.add_command(verify_command)
-cli.add_command(demo_command)
 
 
 def main() -> None:

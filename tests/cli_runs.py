@@ -5,9 +5,10 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
+import click
 import pytest
 
-from llama4_quant.cli.main import main
+from llama4_quant.cli.main import cli, main
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,10 @@ def run_cli(*arguments: object, stdin: str = "") -> CliRun:
         except SystemExit as stop:
             code = int(stop.code or 0)
     return CliRun(code, out.getvalue(), err.getvalue())
+
+
+def all_commands() -> dict[str, click.Command]:
+    """Every command by name; the command line itself imports only the one that runs."""
+    context = click.Context(cli)
+    found = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
+    return {name: command for name, command in found.items() if command is not None}

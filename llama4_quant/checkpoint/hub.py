@@ -11,17 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import huggingface_hub
-from huggingface_hub import HfApi
-from huggingface_hub.hf_api import RepoFile
 
 from llama4_quant.checkpoint.hub_errors import hub_errors, with_retries
 from llama4_quant.checkpoint.hub_transfer import read_part, silent_bar
 from llama4_quant.checkpoint.json_files import read_json, shown
 from llama4_quant.checkpoint.paths import INDEX_NAME, is_plain_name
 from llama4_quant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 SIDE_PATTERNS = (
     "tokenizer*",
@@ -117,6 +118,8 @@ class Repository:
             CheckpointError: no such repository or revision, no access, or no connection.
         """
         with hub_errors(described(name, revision), name):
+            from huggingface_hub.hf_api import HfApi, RepoFile  # noqa: PLC0415 - slow to import, only for the Hub
+
             api = HfApi()
             commit = with_retries(lambda: api.model_info(name, revision=revision)).sha
             if commit is None:
@@ -192,7 +195,7 @@ class Repository:
         )
 
 
-def _remote(file: RepoFile) -> RemoteFile:
+def _remote(file: "RepoFile") -> RemoteFile:
     return RemoteFile(
         name=file.path, size=file.size, sha256=file.lfs.sha256 if file.lfs else None, blob_id=file.blob_id
     )

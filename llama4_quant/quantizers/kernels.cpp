@@ -8,6 +8,7 @@
 // a fused Llama 4 tensor is stored [in, out]) is turned over panel by panel; after that every row is contiguous.
 
 #include "kernels.h"
+#include "solver.h"
 
 #include <cstdlib>
 

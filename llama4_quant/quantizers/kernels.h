@@ -169,17 +169,18 @@ struct Search {
     int64_t num_factors;
     float* lane;     // float32 weights of a lane
     float* partial;  // partial sums of a lane
+    const float* importance = nullptr;  // what the squared error of each weight of a lane counts; null: all the same
 };
 
 // Ratios of weights with few significant bits are exact midpoints between codes or far from them (quantize.py). So a
 // product with the reciprocal picks the same code, or at a midpoint the other of two that are equally far: the squared
 // error, exact before squaring, is the same. Only float32 weights need the division.
-template <typename Grid, bool kShort>
-INLINE Floats squared_error(const float* lane, Floats scale, Floats reciprocal) {
+template <typename Grid, bool kShort, bool kImportance>
+INLINE Floats squared_error(const float* lane, const float* importance, Floats scale, Floats reciprocal) {
     const Floats weight = load<Floats>(lane);
     const Floats value = kShort ? Grid::nearest_product(weight, reciprocal) : Grid::nearest(weight / scale);
     const Floats error = multiply_add(-value, scale, weight);  // the product is exact
-    return error * error;
+    return kImportance ? error * error * load<Floats>(importance) : error * error;
 }
 
 INLINE float tree_sum(float* values, int64_t count) {
@@ -201,13 +202,13 @@ INLINE float tree_sum(float* values, int64_t count) {
 }
 
 // The first levels of the tree, up to three, are summed in registers where the size allows.
-template <typename Grid, bool kShort>
+template <typename Grid, bool kShort, bool kImportance>
 INLINE float lane_error(const Search& search, int64_t size, float one_scale) {
-    const float* lane = search.lane;
+    const float *lane = search.lane, *importance = search.importance;
     float* partial = search.partial;
     const Floats scale = Floats{} + one_scale, reciprocal = Floats{} + 1.0f / one_scale;
     const auto at = [&](int64_t i) __attribute__((always_inline)) {
-        return squared_error<Grid, kShort>(lane + i, scale, reciprocal);
+        return squared_error<Grid, kShort, kImportance>(lane + i, importance + i, scale, reciprocal);
     };
     const auto halves = [&](int64_t i, int64_t m) __attribute__((always_inline)) { return at(i) + at(i + m); };
     const auto quarters = [&](int64_t i, int64_t m) __attribute__((always_inline)) {
@@ -243,17 +244,17 @@ INLINE float base_scale(float absmax) {
 INLINE float power_of_two(float value) { return bits<float>(bits<int32_t>(value) & kExponent); }
 
 // `search.lane` holds the weights divided by `power_of_two(base)`.
-template <typename Grid, bool kShort, int64_t kSize>
+template <typename Grid, bool kShort, int64_t kSize, bool kImportance = false>
 __attribute__((noinline)) float best_scale(const Search& search, int64_t any_size, float base) {
     const int64_t size = kSize ? kSize : any_size;
     const float power = power_of_two(base), smallest = kSmallestScale / power;
     base /= power;
     float best = round_to_bf16(base);
-    float least = lane_error<Grid, kShort>(search, size, best);
+    float least = lane_error<Grid, kShort, kImportance>(search, size, best);
     for (int64_t i = 0; i < search.num_factors; i++) {
         float scale = round_to_bf16(base * search.factors[i]);
         scale = scale < smallest ? smallest : scale;
-        const float error = lane_error<Grid, kShort>(search, size, scale);
+        const float error = lane_error<Grid, kShort, kImportance>(search, size, scale);
         if (error < least) {
             least = error;
             best = scale;

@@ -200,7 +200,7 @@ def test_image_features_of_each_model_flow_through(tmp_path: Path, monkeypatch: 
     def watched(opened: Any, draw: Any, *others: Any) -> None:
         write_embeddings(opened, draw, *others)
         whole = slice(0, opened.quantized.num_rows)
-        streams.update(quantized=opened.quantized.read(whole), original=opened.original.read(whole))
+        streams.update({name: getattr(opened, name).read(whole).clone() for name in ("quantized", "original")})
         samples.extend(draw())
 
     monkeypatch.setattr("llama4_quant.calibration.run.write_embeddings", watched)

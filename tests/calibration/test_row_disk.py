@@ -9,7 +9,7 @@ from calibrated_runs import LENGTHS, calibrate, tiny_checkpoint, token_data
 from corpus_files import write_image, write_lines
 from resilience.resilience_tools import STAGING, contents, interrupt, num_finished, stop_in
 
-from llama4_quant.calibration import expert_survey, run
+from llama4_quant.calibration import expert_survey, rows, run
 from llama4_quant.calibration.disk import RowCounts, row_bytes
 from llama4_quant.calibration.sequential import SequentialPass
 from llama4_quant.calibration.vision import VisionPass
@@ -24,6 +24,12 @@ from llama4_quant.scheme import preset
 
 SCHEME = preset("W4A16", group_size=32)
 NUM_TOKENS = sum(LENGTHS)
+
+
+@pytest.fixture(autouse=True)
+def _rows_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few they are."""
+    monkeypatch.setattr(rows, "MEMORY_BYTES", 0)
 
 
 def sizes_when_done(owner: type, patch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -91,13 +97,15 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monk
     """A byte less than output and hidden states take is refused; exactly that much is enough."""
     source, data = tiny_checkpoint(tmp_path / "source"), token_data(tmp_path / "t.jsonl")
     model = Llama4Config.from_file(source / "config.json")
-    rows = row_bytes(model.text, None, RowCounts(num_tokens=NUM_TOKENS), with_original=True)
-    needed, out = output_bytes(source) + rows, tmp_path / "deep" / "out"
+    wanted = row_bytes(model.text, None, RowCounts(num_tokens=NUM_TOKENS), with_original=True)
+    needed, out = output_bytes(source) + wanted, tmp_path / "deep" / "out"
     leave_free(monkeypatch, needed - 1)
     with pytest.raises(OutputError) as refused:
         calibrate(source, out, [data], scheme=SCHEME)
     message = str(refused.value)
-    assert f"{out}: hidden states of {NUM_TOKENS:,} tokens take {rows:,} bytes until the output is complete" in message
+    assert (
+        f"{out}: hidden states of {NUM_TOKENS:,} tokens take {wanted:,} bytes until the output is complete" in message
+    )
     assert f"{needed:,} bytes needed, {needed - 1:,} free" in message
     assert "fewer --num-calibration-samples or a shorter --max-seq-length need less" in message
     assert not out.parent.exists()

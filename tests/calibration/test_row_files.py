@@ -9,26 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama4_quant.calibration.records import LayerRecord
-from llama4_quant.calibration.rows import RowFile, row_chunks
+from llama4_quant.calibration.rows import MemoryRows, RowFile, row_chunks
 from llama4_quant.calibration.streams import Position, Sequences, StreamFiles
 from llama4_quant.errors import OutputError
 
 
 @settings(max_examples=60, deadline=None)
 @given(
+    kind=st.sampled_from([RowFile, MemoryRows]),
     width=st.sampled_from([1, 64, 3000, 9000]),
     own=st.sets(st.integers(0, 40)),
     prior=st.sets(st.integers(0, 40)),
     again=st.lists(st.integers(0, 40), max_size=5),
 )
 def test_gather_takes_any_order(
-    tmp_path_factory: pytest.TempPathFactory, width: int, own: set[int], prior: set[int], again: list[int]
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: type[RowFile],
+    width: int,
+    own: set[int],
+    prior: set[int],
+    again: list[int],
 ) -> None:
     """Own rows ascend, then those of the prior do, which may be among the own ones."""
     path = tmp_path_factory.mktemp("rows") / "x.rows"
     values = torch.randn(41, width)
     wanted = torch.tensor([*sorted(own), *sorted(prior), *again], dtype=torch.int64)
-    with RowFile(path, 41, width) as file:
+    with kind(path, 41, width) as file:
         file.write(slice(0, 41), values)
         assert torch.equal(file.gather(wanted), values[wanted])
         changed = torch.tensor(sorted(own), dtype=torch.int64)
@@ -44,6 +50,18 @@ def test_scattered_rows_do_not_need_those_between_them(tmp_path: Path) -> None:
         assert file.gather(torch.tensor([1, 3, 8])).eq(1).all()
         with pytest.raises(AssertionError, match="never written"):
             file.read(slice(0, 10))
+
+
+def test_rows_in_memory_outlive_the_process_once_they_are_synced(tmp_path: Path) -> None:
+    values = torch.randn(10, 4)
+    with MemoryRows(tmp_path / "x.rows", 10, 4) as file:
+        file.write(slice(0, 10), values)
+        assert not file.path.exists()
+        file.sync()
+        file.write(slice(0, 5), torch.zeros(5, 4))
+    with MemoryRows(tmp_path / "x.rows", 10, 4) as again, RowFile(tmp_path / "x.rows", 10, 4) as plain:
+        assert torch.equal(again.read(slice(0, 10)), values)
+        assert torch.equal(plain.read(slice(0, 10)), values)
 
 
 def test_chunks_cover_all_rows_once() -> None:

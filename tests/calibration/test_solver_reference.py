@@ -117,7 +117,8 @@ def test_gptq_is_the_papers(scheme: WeightScheme, num_outputs: int, num_inputs: 
     scales, grid, scale_NK = prepared(scheme, weight, gram)
     factored = factor(gram.clone(), 0.01)
     assert factored.damp_percent == 0.01
-    found = gptq(weight.T.contiguous(), factored, scales, grid).T.double().numpy()
+    codes_KN, cost_N = gptq(weight.T.contiguous(), factored, scales, grid)
+    found = codes_KN.T.double().numpy()
     expected, margin = reference_gptq(
         weight.double().numpy(), gram.double().numpy(), scale_NK.double().numpy(), codes_of(scheme), 0.01
     )
@@ -130,8 +131,10 @@ def test_gptq_is_the_papers(scheme: WeightScheme, num_outputs: int, num_inputs: 
     assert (found != expected).any(axis=1).mean() <= 0.25
     stored, best = found * scale_NK.numpy(), expected * scale_NK.numpy()
     exact, hessian = weight.double().numpy(), damped(gram.double().numpy(), 0.01)
-    total, best_total = loss(exact, stored, hessian).sum(), loss(exact, best, hessian).sum()
-    assert total == pytest.approx(best_total, rel=0.02)
+    costs, best_total = loss(exact, stored, hessian), loss(exact, best, hessian).sum()
+    assert costs.sum() == pytest.approx(best_total, rel=0.02)
+    # What gptq says its codes cost is that, to K * 2^-24 of a sum of terms that cancel to a hundredth at worst.
+    assert cost_N.numpy() == pytest.approx(costs, rel=1e-3)
 
 
 def test_inputs_that_are_alike_go_by_position() -> None:
@@ -143,8 +146,9 @@ def test_damping_rises_until_the_matrix_can_be_factored() -> None:
     barely = factor(x.T @ x, 1e-9)
     assert 1e-9 < barely.damp_percent <= 1
     # Of a condition as large as float32 can just see, a tenth of the largest element is what is left of accuracy.
-    inverse = torch.linalg.inv(barely.gram.double())
-    assert torch.allclose((barely.upper.T @ barely.upper).double(), inverse, rtol=0, atol=0.1 * inverse.max())
+    # A factor in float32 is that of a matrix which differs by K * 2^-24 of the largest element at most.
+    product = barely.root.double() @ barely.root.double().T
+    assert torch.allclose(product, barely.gram.double(), rtol=0, atol=500 * 2**-24 * float(barely.gram.max()))
 
 
 def test_what_cannot_be_factored_is_rounded_by_its_diagonal() -> None:
@@ -156,7 +160,7 @@ def test_what_cannot_be_factored_is_rounded_by_its_diagonal() -> None:
     weight = torch.randn(4, 8)
     scheme = SCHEMES[3]
     scales, grid, scale_NK = prepared(scheme, weight, gram)
-    codes = gptq(weight.T.contiguous(), factored, scales, grid).T
+    codes = gptq(weight.T.contiguous(), factored, scales, grid)[0].T
     assert torch.equal(codes, grid.nearest_(weight / scale_NK))
 
 
@@ -201,7 +205,7 @@ def test_refitted_scales_are_the_least_squares_solution(scheme: WeightScheme, mo
     gram = x.T @ x
     scales, grid, _ = prepared(scheme, weight, gram)
     factored = factor(gram.clone(), 0.01)
-    codes = gptq(weight.T.contiguous(), factored, scales, grid)
+    codes, _ = gptq(weight.T.contiguous(), factored, scales, grid)
     found = refit_scales(weight.T.contiguous(), codes, factored, scales).double().numpy()
     root = np.linalg.cholesky(damped(gram.double().numpy(), 0.01)).T  # rows whose Gram matrix this is
     num_groups = found.shape[0]
@@ -369,10 +373,10 @@ def test_an_output_that_came_out_worse_is_rounded(monkeypatch: pytest.MonkeyPatc
         plain = quantize_weight(weight, scheme)
         solve_rows = Solver._solve_rows
 
-        def spoiled(*arguments: Tensor, bad: slice = rows, solve: Any = solve_rows) -> tuple[Tensor, Tensor]:
-            codes, scale = solve(*arguments)
+        def spoiled(*arguments: Tensor, bad: slice = rows, solve: Any = solve_rows) -> tuple[Tensor, Tensor, None]:
+            codes, scale, _ = solve(*arguments)
             codes[bad] = 7  # of FP8 a byte that is a small number
-            return codes, scale
+            return codes, scale, None
 
         moments = Moments(256, device=torch.device("cpu")).add(x)
         best = Solver.of(moments, SolverSettings()).solve(weight, scheme)
@@ -391,8 +395,9 @@ def test_an_output_that_came_out_worse_is_rounded(monkeypatch: pytest.MonkeyPatc
         error = loss(weight.double().numpy(), dequantize_weight(found, torch.float32).double().numpy(), gram_of(x))
         rounding = loss(weight.double().numpy(), dequantize_weight(plain, torch.float32).double().numpy(), gram_of(x))
         total = loss(weight.double().numpy(), 0, gram_of(x)).sum()
-        assert guarded.output_error == pytest.approx(error.sum() / total, rel=1e-4)
-        assert guarded.rounding_error == best.rounding_error == pytest.approx(rounding.sum() / total, rel=1e-4)
+        assert guarded.output_error == pytest.approx(error.sum() / total, rel=2**-8)  # as in the test below
+        for solved in (guarded, best):
+            assert solved.rounding_error == pytest.approx(rounding.sum() / total, rel=2**-8)
 
 
 def gram_of(x: Tensor) -> np.ndarray:
@@ -430,4 +435,5 @@ def test_the_error_reported_is_that_of_the_outputs() -> None:
     stored = dequantize_weight(result.packed.unpack(), torch.float32)
     outputs, changed = x.double() @ weight.double().T, x.double() @ stored.double().T
     expected = float((outputs - changed).square().sum() / outputs.square().sum())
-    assert result.output_error == pytest.approx(expected, rel=1e-4)
+    # Products may be taken of inputs rounded to bfloat16, 2^-9 each: two factors of the sum of squared outputs.
+    assert result.output_error == pytest.approx(expected, rel=2**-8)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from calibrated_runs import tiny_checkpoint, token_data
+from cli_runs import all_commands
 
 from llama4_quant.calibration import run as calibration_run
 from llama4_quant.checkpoint.reader import CheckpointReader
-from llama4_quant.cli.main import cli, main
+from llama4_quant.cli.main import main
 from llama4_quant.sample import SAMPLE_DIR
 
 
@@ -135,5 +136,5 @@ def test_every_flag_is_documented() -> None:
     """In docs/cli.md, under `convert`."""
     text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
     section = text.partition("## convert")[2].partition("\n## ")[0]
-    flags = {option for parameter in cli.commands["convert"].params for option in parameter.opts if "--" in option}
+    flags = {option for parameter in all_commands()["convert"].params for option in parameter.opts if "--" in option}
     assert {flag for flag in flags if f"`{flag}" not in section} <= {"--help", "--json", "--revision"}

@@ -7,10 +7,9 @@ from typing import Any
 import click
 import pytest
 from checkpoints import make_checkpoint
-from cli_runs import run_cli
+from cli_runs import all_commands, run_cli
 
 from llama4_quant.cli.config_file import MAX_BYTES, load_config
-from llama4_quant.cli.main import cli
 from llama4_quant.errors import UsageError
 
 CONFIGURABLE = ("convert", "generate", "chat")
@@ -27,7 +26,7 @@ def _written(folder: Path, text: str, name: str = "flags.yaml") -> Path:
 
 
 def _load(path: Path, command: str = "convert") -> dict[str, Any]:
-    return load_config(path, click.Context(cli.commands[command], info_name=command))
+    return load_config(path, click.Context(all_commands()[command], info_name=command))
 
 
 def _plan(*arguments: object) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def test_nothing_is_no_mistake(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("command", CONFIGURABLE)
 def test_every_flag_can_be_in_a_file(tmp_path: Path, command: str) -> None:
     """Under the name of its flag; --config, --help and --help-all are none of a file's business."""
-    flags = [p for p in cli.commands[command].params if isinstance(p, click.Option) and p.expose_value]
+    flags = [p for p in all_commands()[command].params if isinstance(p, click.Option) and p.expose_value]
     assert len(flags) > 15
     for flag in flags:
         key = max(flag.opts, key=len).lstrip("-").replace("-", "_")
@@ -129,7 +128,7 @@ def test_every_flag_can_be_in_a_file(tmp_path: Path, command: str) -> None:
 
 @pytest.mark.parametrize("command", CONFIGURABLE)
 def test_help_shows_few_flags_and_help_all_every_one(command: str) -> None:
-    options = [p for p in cli.commands[command].params if isinstance(p, click.Option)]
+    options = [p for p in all_commands()[command].params if isinstance(p, click.Option)]
     rare = {max(option.opts, key=len) for option in options if option.hidden}
     assert rare
     for shown, flags in (("--help", set()), ("--help-all", rare), ("--help", set())):
