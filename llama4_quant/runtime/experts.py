@@ -166,10 +166,8 @@ class MixtureOfExperts(nn.Module):
     def _route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Expert and score of each of a token's k rows: row t*k + i is token t's i-th choice."""
         logits_TE: Tensor = self.router(x_TH)
-        if self.experts_per_token == 1:  # of equal logits the first, on every device: `topk` promises nothing
-            top_Tk, experts_Tk = logits_TE.max(dim=-1, keepdim=True)
-        else:
-            top_Tk, experts_Tk = logits_TE.topk(self.experts_per_token, dim=-1)
+        # In bf16 one token of some hundred has two largest logits; which of them counts is as in transformers.
+        top_Tk, experts_Tk = logits_TE.topk(self.experts_per_token, dim=-1)
         # The sigmoid is taken in fp32, then rounded: a bf16 sigmoid would lose digits of the score.
         scores_Tk = top_Tk.float().sigmoid().to(logits_TE.dtype)
         return experts_Tk.flatten(), scores_Tk.flatten()
