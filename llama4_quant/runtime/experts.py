@@ -161,6 +161,8 @@ class MixtureOfExperts(nn.Module):
         y_sorted_RH = self.experts(sorted_RH, rows_per_expert)
         y_RH = torch.empty_like(y_sorted_RH)
         y_RH[order_R] = y_sorted_RH
+        if self.experts_per_token == 1:
+            return y_RH
         return y_RH.view(x_TH.shape[0], self.experts_per_token, -1).sum(dim=1)
 
     def _route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
