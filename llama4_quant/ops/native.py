@@ -160,10 +160,10 @@ def _require(reason: str | None, *, dims: bool) -> None:
 
 def _linear(format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """One expert that has all rows."""
-    outputs, inputs = weight.shape[0], x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], outputs))
-    num_rows = x.numel() // inputs
-    _call(format_, x, weight, scale, bias, counts=_count(num_rows), y=y, sizes=(num_rows, 1, outputs, inputs))
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    y, num_rows = x.new_empty((*x.shape[:-1], weight.shape[0])), x.numel() // x.shape[-1]
+    task = _task(format_, x, weight, scale, bias, counts=_count(num_rows), y=y)
+    required(_library()).matmul(task, num_rows)
     return y
 
 
@@ -176,29 +176,12 @@ def _grouped(format_: Format, x: Tensor, weight: Tensor, scale: Tensor | None, r
     counts = rows_per_expert
     if counts.dtype is not torch.int64 or not counts.is_cpu or not counts.is_contiguous():
         counts = counts.to("cpu", torch.int64).contiguous()
-    (experts, outputs, _), inputs = weight.shape, x.shape[-1]
+    experts, outputs, _ = weight.shape
     if x.dim() != 2 or counts.shape != (experts,):
         raise ValueError(f"x is {list(x.shape)} and rows_per_expert {list(counts.shape)} for {experts} experts")
-    y = x.new_empty((x.shape[0], outputs))
-    _call(format_, x, weight, scale, None, counts=counts, y=y, sizes=(x.shape[0], experts, outputs, inputs))
+    x, y = x.contiguous(), x.new_empty((x.shape[0], outputs))
+    required(_library()).matmul(_task(format_, x, weight, scale, None, counts=counts, y=y), x.shape[0])
     return y
-
-
-def _call(
-    format_: Format,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    *,
-    counts: Tensor,
-    y: Tensor,
-    sizes: tuple[int, int, int, int],
-) -> None:
-    """Fill y; `sizes` are rows, experts, outputs, inputs. Decoding makes hundreds of calls a token: no detours."""
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    task = _task(format_, x, weight, scale, bias, counts=counts, y=y, sizes=sizes)
-    required(_library()).matmul(task, sizes[0])
 
 
 def _task(
@@ -210,20 +193,20 @@ def _task(
     *,
     counts: Tensor,
     y: Tensor,
-    sizes: tuple[int, int, int, int],
 ) -> bytes:
-    """Of contiguous x and bias."""
+    """Has addresses of contiguous operands, which the caller keeps. Decoding makes hundreds a token: no detours."""
     scale_address, scale_stride, groups, scale_type, is_block = 0, 0, 0, 0, False
     if scale is not None:
         scale_address, groups, scale_type = scale.data_ptr(), scale.shape[-1], _SCALE_TYPES[scale.dtype]
         scale_stride = scale.stride(0) * scale.element_size()  # of one weight it is not used
         is_block = format_ is Format.FP8 and not is_per_row(weight, scale)
-    num_rows, _, outputs, inputs = sizes
+    outputs, inputs = y.shape[-1], x.shape[-1]
+    num_rows = x.numel() // inputs
     is_small = num_rows * outputs * inputs < THREADED_PRODUCTS
     addresses = (x.data_ptr(), counts.data_ptr(), weight.data_ptr(), scale_address)
     return pack(
         (*addresses, 0 if bias is None else bias.data_ptr(), y.data_ptr()),
-        (*sizes, weight.stride(0) * weight.element_size(), scale_stride, groups),
+        (num_rows, len(counts), outputs, inputs, weight.stride(0) * weight.element_size(), scale_stride, groups),
         (format_, scale_type, is_block, 1 if is_small else torch.get_num_threads()),
     )
 
@@ -251,11 +234,8 @@ def record(
         [1, N], a buffer.
     """
     weight, scale = stored[0], stored[1] if len(stored) > 1 else None
-    outputs, inputs = weight.shape[-2], x_1K.shape[-1]
-    experts = 1 if rows_per_expert is None else weight.shape[0]
-    y = tape.buffer(1, outputs)
+    y = tape.buffer(1, weight.shape[-2])
     counts = _count(1) if rows_per_expert is None else rows_per_expert
-    sizes = (1, experts, outputs, inputs)
-    task = _task(_FORMATS[operator], x_1K, weight, scale, bias, counts=counts, y=y, sizes=sizes)
+    task = _task(_FORMATS[operator], x_1K, weight, scale, bias, counts=counts, y=y)
     tape.call(required(_library()).function, task, [*stored, counts, bias])
     return y

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llama4_quant.native import compile_and_load
-from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
+from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required, task_function
 
 SOURCES = (
     "attention.cpp",
@@ -103,11 +103,8 @@ class AttentionLibrary:
     """kernels/attention.cpp, loaded."""
 
     def __init__(self, functions: ctypes.CDLL) -> None:
-        self.attention = functions.llama4_quant_attention
-        self.store = functions.llama4_quant_cache_store
-        for function in (self.attention, self.store):
-            function.argtypes = (ctypes.c_char_p,)
-            function.restype = ctypes.c_int32
+        self.attention = task_function(functions, "attention")
+        self.store = task_function(functions, "cache_store")
 
 
 def build(march: str = "native") -> AttentionLibrary:

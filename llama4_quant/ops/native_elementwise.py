@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llama4_quant.native import compile_and_load
-from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
+from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required, task_function
 from llama4_quant.ops.native_tape import Tape
 
 SOURCES = ("elementwise.cpp", "floats.h", "task.h")
@@ -32,14 +32,11 @@ class ElementwiseLibrary:
     """kernels/elementwise.cpp, loaded."""
 
     def __init__(self, functions: ctypes.CDLL) -> None:
-        self.rms_norm = functions.llama4_quant_rms_norm
-        self.rotate = functions.llama4_quant_rotate
-        self.silu_mul = functions.llama4_quant_silu_mul
-        self.add = functions.llama4_quant_add
-        self.multiply = functions.llama4_quant_multiply
-        for function in (self.rms_norm, self.rotate, self.silu_mul, self.add, self.multiply):
-            function.argtypes = (ctypes.c_char_p,)
-            function.restype = ctypes.c_int32
+        self.rms_norm = task_function(functions, "rms_norm")
+        self.rotate = task_function(functions, "rotate")
+        self.silu_mul = task_function(functions, "silu_mul")
+        self.add = task_function(functions, "add")
+        self.multiply = task_function(functions, "multiply")
 
 
 def build(march: str = "native") -> ElementwiseLibrary:

@@ -6,7 +6,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from llama4_quant.native import compile_and_load
-from llama4_quant.ops.native_program import kernel_program
+from llama4_quant.ops.native_program import kernel_program, task_function
 
 SOURCES = (
     "matmul.cpp",
@@ -54,9 +54,7 @@ class Library:
         functions.llama4_quant_instructions.restype = ctypes.c_char_p
         self.instructions = str(functions.llama4_quant_instructions().decode())
         self.has_tiles = "AMX" in self.instructions
-        self.function = functions.llama4_quant_matmul
-        self.function.argtypes = (ctypes.c_char_p,)
-        self.function.restype = ctypes.c_int32
+        self.function = task_function(functions, "matmul")
 
     def matmul(self, task: bytes, num_rows: int) -> None:
         """Run what `pack` gave for so many rows.

@@ -1,7 +1,8 @@
 """What the C++ libraries of kernels/ have in common: how they are compiled, and that there may be none."""
 
+import ctypes
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llama4_quant.native import NativeUnavailableError, Program
 
@@ -25,6 +26,13 @@ def kernel_program(name: str, sources: tuple[str, ...], march: str, *flags: str)
         sources=sources,
         flags=("-fopenmp", "-fno-strict-aliasing", *flags, *machine),
     )
+
+
+def task_function(functions: ctypes.CDLL, name: str) -> Any:
+    """`llama4_quant_<name>` of a library: takes a packed struct, gives a status, 0 for done."""
+    function = getattr(functions, f"llama4_quant_{name}")
+    function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int32
+    return function
 
 
 def built_or_reason(build: Callable[[], Library]) -> Library | str:

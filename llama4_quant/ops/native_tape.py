@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama4_quant.native import compile_and_load
-from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required
+from llama4_quant.ops.native_program import built_or_reason, kernel_program, reason_of, required, task_function
 
 SOURCES = ("tape.cpp", "task.h")
 _ROUTE = struct.Struct("@4P2q")
@@ -36,9 +36,7 @@ class TapeLibrary:
         self.run = functions.llama4_quant_run
         self.run.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         self.run.restype = ctypes.c_int32
-        self.route = functions.llama4_quant_route
-        self.route.argtypes = (ctypes.c_char_p,)
-        self.route.restype = ctypes.c_int32
+        self.route = task_function(functions, "route")
 
 
 def build(march: str = "native") -> TapeLibrary:

@@ -13,7 +13,7 @@
 
 #include "activations.h"
 #include "floats.h"
-#include "instructions.h"
+#include "matrix_unit.h"
 
 #ifdef LLAMA4_QUANT_TILES
 #include "attention_tiles.h"
@@ -163,18 +163,10 @@ struct Part {
     int64_t row, group, start, stop;
 };
 
-INLINE bool has_tiles() {
-#ifdef LLAMA4_QUANT_TILES
-    return tiles::allowed();
-#else
-    return false;
-#endif
-}
-
 template <Format kFormat>
 INLINE int64_t scratch_size(const AttentionTask& task) {
 #ifdef LLAMA4_QUANT_TILES
-    if (has_tiles()) return attention_tiles::scratch_bytes<kFormat>(kPart, task.heads, task.dim) / 4;
+    if (tiles::allowed()) return attention_tiles::scratch_bytes<kFormat>(kPart, task.heads, task.dim) / 4;
 #endif
     return kTile * task.dim + task.heads * (task.dim + kTile);
 }
@@ -223,7 +215,7 @@ void attend_in_tiles(const AttentionTask& task, const Part& part, float* result,
 template <Format kFormat>
 void attend_part(const AttentionTask& task, const Part& part, float* result, float* scratch) {
 #ifdef LLAMA4_QUANT_TILES
-    if (has_tiles()) return attend_in_tiles<kFormat>(task, part, result, scratch);
+    if (tiles::allowed()) return attend_in_tiles<kFormat>(task, part, result, scratch);
 #endif
     const Piece& piece = *part.piece;
     const int64_t heads = task.heads, dim = task.dim, code_bytes = kFormat == kBf16 ? 2 : 1;

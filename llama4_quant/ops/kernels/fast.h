@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "instructions.h"
+#include "matrix_unit.h"
 
 #ifdef LLAMA4_QUANT_FAST
 #ifdef LLAMA4_QUANT_TILES
@@ -17,20 +17,12 @@ using vectors::Rows;
 
 constexpr int64_t kTileRows = 3;  // from so many rows on the matrix unit is quicker
 
-INLINE bool has_tiles() {
-#ifdef LLAMA4_QUANT_TILES
-    return tiles::allowed();
-#else
-    return false;
-#endif
-}
-
 INLINE const char* instructions() {
-    return has_tiles() ? "AVX-512 (VNNI, BF16) and AMX" : "AVX-512 (VNNI, BF16)";
+    return tiles::allowed() ? "AVX-512 (VNNI, BF16) and AMX" : "AVX-512 (VNNI, BF16)";
 }
 
 // FP8 in blocks has a scale for 128 inputs of a row of activations, which tiles cannot take in.
-INLINE bool use_tiles(const Task& task, int64_t rows) { return rows >= kTileRows && !task.is_block && has_tiles(); }
+INLINE bool use_tiles(const Task& task, int64_t rows) { return rows >= kTileRows && !task.is_block && tiles::allowed(); }
 
 INLINE int64_t prepared_bytes(const Task& task, bool in_tiles) {  // of a row, or of a tile of rows
     int64_t bytes = 0;
@@ -86,7 +78,7 @@ INLINE void multiply(const Task& task, const Rows* parts, int64_t thread, uint8_
     const vectors::Table table = vectors::fp8_table();
     const Range outputs = share(task.outputs, 32, thread, task.threads);
 #ifdef LLAMA4_QUANT_TILES
-    const bool with_tiles = has_tiles();
+    const bool with_tiles = tiles::allowed();
     if (with_tiles) {
         const tiles::Shapes shapes;
         _tile_loadconfig(&shapes);

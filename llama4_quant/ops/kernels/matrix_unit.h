@@ -2,11 +2,14 @@
 
 #pragma once
 
+#include "instructions.h"
+#include "task.h"
+
+#ifdef LLAMA4_QUANT_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include "task.h"
+#endif
 
 namespace tiles {
 
@@ -14,11 +17,15 @@ constexpr int64_t kSide = 16;  // rows of a tile, and its columns of 32 bits
 
 // Linux keeps the matrix unit for processes that ask.
 INLINE bool allowed() {
+#ifdef LLAMA4_QUANT_TILES
     static const bool is_allowed = [] {
         constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
         return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
     }();
     return is_allowed;
+#else
+    return false;
+#endif
 }
 
 struct alignas(64) Shapes {
