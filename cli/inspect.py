@@ -7,7 +7,8 @@ import click
 
 from llama4_quant.cli.options import json_option
 from llama4_quant.cli.tables import console, count, parameters, size, table
-from llama4_quant.inspect import Inspection, inspect
+from llama4_quant.inspect import Inspection, WorkKernel, inspect
+from llama4_quant.ops import KernelCount
 
 
 @click.command("inspect", short_help="Show what a checkpoint holds.")
@@ -62,11 +63,15 @@ def _show_weights(found: Inspection) -> None:
 def _show_kernels(found: Inspection) -> None:
     kernels = table("Kernels, in bfloat16 on this processor", "operator", "kernel", "why not", "weights", left=3)
     for kernel in found.kernels:
-        reasons = "\n".join(f"{backend}: {reason}" for backend, reason in kernel.rejected)
-        kernels.add_row(kernel.operator, kernel.kernel, reasons, count(kernel.count))
+        kernels.add_row(kernel.operator, *_cells(kernel))
     console().print(kernels)
     others = table("Other work of the text model, likewise", "work", "kernel", "why not", "modules", left=3)
     for other in found.other_kernels:
-        reasons = "\n".join(f"{backend}: {reason}" for backend, reason in other.rejected)
-        others.add_row(other.work, other.kernel, reasons, count(other.count))
+        others.add_row(other.work, *_cells(other))
     console().print(others)
+
+
+def _cells(chosen: KernelCount | WorkKernel) -> tuple[str, str, str]:
+    """What runs, what does not and why, how often."""
+    reasons = "\n".join(f"{backend}: {reason}" for backend, reason in chosen.rejected)
+    return chosen.kernel, reasons, count(chosen.count)

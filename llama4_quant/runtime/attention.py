@@ -221,12 +221,8 @@ class TextAttention(nn.Module):
 
     def choose(self, device: torch.device) -> None:
         """Choose for a device, where the cache is from now on; compiles on first use, for processors only."""
-        self.is_native = (
-            self._allows_native
-            and device.type == "cpu"
-            and self.head_dim % native_attention.DIM_MULTIPLE == 0
-            and native_attention.probe() is None
-        )
+        dtype = torch.bfloat16  # of the model, or nothing native is allowed
+        self.is_native = self._allows_native and native_attention.why_not(device, dtype, dtype, self.head_dim) is None
 
     def forward(self, x_BTH: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden]; with a cache, stores the new keys and values in it."""

@@ -150,19 +150,17 @@ class LayerCache:
         keys, values = new
         stop = start + keys.codes.shape[2]
         kept = start if self._window is None else max(start, stop - self._window)
-        self._make_room(stop)
+        self.claim(stop)
         for column, block, places in self._places(kept, stop):
             part = slice(column - start, column - start + places.stop - places.start)
             block.keys.part(places).copy_(keys.part(part))
             block.values.part(places).copy_(values.part(part))
+
+    def claim(self, stop: int) -> None:
+        """Make room for columns up to `stop`, to be filled before anything is read; a window forgets the oldest."""
+        self._make_room(stop)
         if self._window is not None:
             self.first = max(self.first, stop - self._window)
-
-    def claim(self, column: int) -> None:
-        """Make room for one column, for a caller that fills its place before anything is read."""
-        self._make_room(column + 1)
-        if self._window is not None:
-            self.first = max(self.first, column + 1 - self._window)
 
     def stored(self, start: int, stop: int) -> Iterator[tuple[int, Stored, Stored]]:
         """Columns [start, stop) as they are stored, in pieces, in order: the first column, keys, values.

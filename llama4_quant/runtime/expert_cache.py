@@ -19,6 +19,8 @@ from llama4_quant.runtime.expert_tensors import (
     map_parts,
     num_bytes,
     read_parts,
+    will_need,
+    with_rows,
 )
 from llama4_quant.runtime.popularity import Popularity
 
@@ -108,7 +110,7 @@ class CachedExperts:
     def begin(self, layer: int, rows: Sequence[int]) -> list[Expert]:
         """See `ExpertStore`: first what is here, so that nothing of it goes before it was used."""
         self._popularity.count(layer, rows)
-        wanted = [(layer, expert) for expert, count in enumerate(rows) if count]
+        wanted = with_rows(layer, rows)
         self._wanted = set(wanted)
         self._announced &= self._wanted
         return sorted(wanted, key=self._is_missing)
@@ -168,8 +170,7 @@ class CachedExperts:
         """Have the kernel read the pages of an expert, once."""
         if expert not in self._announced:
             self._announced.add(expert)
-            for part in self._parts[expert]:
-                self._files.will_need(part.entry)
+            will_need(self._parts[expert], self._files)
 
     def _file_bytes(self, expert: Expert) -> int:
         return sum(part.num_bytes for part in self._parts[expert])

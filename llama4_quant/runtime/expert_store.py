@@ -30,6 +30,8 @@ from llama4_quant.runtime.expert_tensors import (
     fused_parts,
     map_parts,
     stored_parts,
+    will_need,
+    with_rows,
 )
 from llama4_quant.stored import StoredWeight
 from llama4_quant.work import machine_memory
@@ -76,7 +78,7 @@ class MappedExperts:
 
     def begin(self, layer: int, rows: Sequence[int]) -> list[Expert]:
         """See `ExpertStore`."""
-        return [(layer, expert) for expert, count in enumerate(rows) if count]
+        return with_rows(layer, rows)
 
     def get(self, expert: Expert) -> ExpertWeights:
         """See `ExpertStore`."""
@@ -87,8 +89,7 @@ class MappedExperts:
     def prefetch(self, experts: Sequence[Expert]) -> None:
         """See `ExpertStore`."""
         for expert in experts[:READ_AHEAD]:
-            for part in self._parts[expert]:
-                self._files.will_need(part.entry)
+            will_need(self._parts[expert], self._files)
 
     def close(self) -> None:
         """See `ExpertStore`."""

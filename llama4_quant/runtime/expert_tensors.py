@@ -8,7 +8,7 @@ Shape letters: E experts, H hidden, I intermediate, K in, N out.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -106,6 +106,17 @@ def can_be_mapped(parts: Iterable[ExpertPart]) -> bool:
         part.columns is None and (part.dtype == part.entry.torch_dtype or part.suffix == "weight_scale")
         for part in parts
     )
+
+
+def with_rows(layer: int, rows: Sequence[int]) -> list[Expert]:
+    """The experts of a layer that have rows, of how many each of them has."""
+    return [(layer, expert) for expert, count in enumerate(rows) if count]
+
+
+def will_need(parts: Iterable[ExpertPart], files: TensorFiles) -> None:
+    """Have the kernel read the pages of an expert; does not wait."""
+    for part in parts:
+        files.will_need(part.entry)
 
 
 def map_parts(parts: Iterable[ExpertPart], files: TensorFiles) -> ExpertWeights:

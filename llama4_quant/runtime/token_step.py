@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from llama4_quant.ops.native_tape import NotRecordableError, Tape, probe
 from llama4_quant.runtime.attention import RecordedStep, query_temperature
-from llama4_quant.runtime.cache import first_visible_column
 from llama4_quant.runtime.rope import Rotation
+from llama4_quant.runtime.visibility import plan_segments
 
 if TYPE_CHECKING:
     from llama4_quant.runtime.cache import KVCache
@@ -122,11 +122,14 @@ class _Recording:
         column = cache.length
         self._x_1H.copy_(x_11H[0])
         self._place(max(0, column - padding))
+        starts = {
+            chunk_size: plan_segments((padding,), column, 1, chunk_size, x_11H.device)[0].key_start
+            for chunk_size in set(self._chunk_sizes)
+        }
         layers = zip(self._step.attentions, cache.layers, self._chunk_sizes, strict=True)
         for attention, layer, chunk_size in layers:
-            layer.claim(column)
-            start = min(first_visible_column(padding, column, chunk_size), column)
-            attention.point(layer.pieces(start, column + 1))
+            layer.claim(column + 1)
+            attention.point(layer.pieces(starts[chunk_size], column + 1))
         self._tape.run()
         return self._y_1H.unsqueeze(0).clone()
 
