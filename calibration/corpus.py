@@ -10,7 +10,7 @@ Shape letters: L positions, N tiles, S side of a tile in pixels.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -142,9 +142,10 @@ class Corpus:
                 continue
             encoded = self._encoder.encode(document)
             stream.num_tokens += len(encoded.input_ids)
-            if not encoded.is_sample and packer is None:
-                packer = Packer(self._settings.max_seq_length, self._encoder.tokenizer.bos_token_id)
-            samples = [encoded.input_ids] if packer is None or encoded.is_sample else packer.push(encoded.input_ids)
+            samples: Iterable[Sequence[int]] = [encoded.input_ids]
+            if not encoded.is_sample:
+                packer = packer or Packer(self._settings.max_seq_length, self._encoder.tokenizer.bos_token_id)
+                samples = packer.push(encoded.input_ids)
             for ids in samples:
                 yield Sample(
                     input_ids=torch.tensor(ids, dtype=torch.int64),

@@ -171,8 +171,8 @@ class LayerPass(Pieces):
                 self._write_to_residual(f"{base}.shared_expert.down_proj", inner, after, after)
                 wanted = opened.enter_context(self._files.scratch("wanted", config.hidden_size))
                 weights_T = self._remember_wanted(after, wanted)
+                files = _ExpertFiles(normed=normed, inner=inner.quantized, after=after, wanted=wanted)
                 for expert in range(config.num_local_experts):
-                    files = _ExpertFiles(normed=normed, inner=inner.quantized, after=after, wanted=wanted)
                     self._expert(f"{base}.experts.{expert}", routing.of(expert), files, weights_T)
 
     def _route(self, normed: Streams) -> Routing:
@@ -205,7 +205,7 @@ class LayerPass(Pieces):
                 wanted.write(rows, wanted_RH / num_experts)
         return torch.cat(weights)
 
-    def _expert(self, base: str, rows: ExpertRows, files: "_ExpertFiles", weights_T: Tensor) -> None:
+    def _expert(self, base: str, rows: ExpertRows, files: _ExpertFiles, weights_T: Tensor) -> None:
         """Quantize one expert, and add its outputs to the rows that are routed to it, in each model."""
         normed, after = files.normed, files.after
         gate_up, down = [f"{base}.gate_proj", f"{base}.up_proj"], f"{base}.down_proj"

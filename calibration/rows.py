@@ -153,7 +153,6 @@ class MemoryRows(RowFile):
         """Take what is in the file, as far as it goes; arguments as of RowFile."""
         self.path, self.num_rows, self.width = path, num_rows, width
         self._device = torch.device(device)
-        self._row_bytes = width * _FLOAT_BYTES
         self._values = torch.empty(num_rows, width)
         if path.exists():
             with RowFile(path, num_rows, width) as file:

@@ -27,17 +27,22 @@ namespace {
 constexpr int64_t kTile = 4 * kLanes;  // outputs at a time
 constexpr int64_t kMaxColumns = 128;
 
+// `count` numbers; behind them, for lanes without an output, what does no harm.
+INLINE void read(const float* from, int64_t count, float otherwise, float (&to)[kTile]) {
+    for (int64_t i = 0; i < kTile; i++) to[i] = otherwise;
+    std::memcpy(to, from, count * sizeof(float));
+}
+
 template <typename Grid>
 void fix_tile(const Block& block, int64_t n, int64_t count) {
-    float errors[kMaxColumns][kTile], cost[kTile] = {};
-    std::memcpy(cost, block.cost + n, count * sizeof(float));
+    float errors[kMaxColumns][kTile], cost[kTile];
+    read(block.cost + n, count, 0.0f, cost);
     for (int64_t j = 0; j < block.columns; j++) {
         const int64_t at = j * block.stride + n;
-        float target[kTile] = {}, scale[kTile], weight[kTile] = {}, codes[kTile];
-        for (int64_t i = 0; i < kTile; i++) scale[i] = 1.0f;
-        std::memcpy(target, block.target + at, count * sizeof(float));
-        std::memcpy(scale, block.scale + at, count * sizeof(float));
-        std::memcpy(weight, block.weight + at, count * sizeof(float));
+        float target[kTile], scale[kTile], weight[kTile], codes[kTile];
+        read(block.target + at, count, 0.0f, target);
+        read(block.scale + at, count, 1.0f, scale);
+        read(block.weight + at, count, 0.0f, weight);
         for (int64_t v = 0; v < kTile; v += kLanes) {
             Floats value = load<Floats>(target + v);
             for (int64_t i = 0; i < j; i++) {
@@ -61,12 +66,11 @@ void descend_tile(const Block& block, int64_t n, int64_t count) {
     for (int64_t j = 0; j < block.columns; j++) {
         const int64_t at = j * block.stride + n;
         const float inverse = 1.0f / block.curvature[j];
-        float pull[kTile] = {}, scale[kTile], codes[kTile] = {}, error[kTile] = {};
-        for (int64_t i = 0; i < kTile; i++) scale[i] = 1.0f;
-        std::memcpy(pull, block.target + at, count * sizeof(float));
-        std::memcpy(scale, block.scale + at, count * sizeof(float));
-        std::memcpy(codes, block.codes + at, count * sizeof(float));
-        std::memcpy(error, block.error + at, count * sizeof(float));
+        float pull[kTile], scale[kTile], codes[kTile], error[kTile];
+        read(block.target + at, count, 0.0f, pull);
+        read(block.scale + at, count, 1.0f, scale);
+        read(block.codes + at, count, 0.0f, codes);
+        read(block.error + at, count, 0.0f, error);
         for (int64_t v = 0; v < kTile; v += kLanes) {
             Floats value = load<Floats>(pull + v);
             for (int64_t i = 0; i < j; i++) {
